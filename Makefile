@@ -1,0 +1,59 @@
+# Every command of the project. `make` alone lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+TORCH := torch==2.13.0
+
+# Big tensors otherwise go back to the system at every step, and page faults slow training 1.5-2x.
+export GLIBC_TUNABLES ?= glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296:glibc.malloc.hugetlb=1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help book test lab bench clip lock clean
+
+help: ## List the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+book: $(INSTALLED) ## Execute the notebooks, render the book, print the page to open
+	$(BIN)/python book/build.py
+
+test: $(INSTALLED) ## Run every test; the browser tests use /usr/bin/chromium where it is installed
+	$(BIN)/python -m pytest tests
+
+lab: $(INSTALLED) ## Open the notebooks in JupyterLab
+	$(BIN)/jupyter lab notebooks
+
+bench: $(INSTALLED) ## Measure against the peers and write benchmarks/results.json
+	$(BIN)/python benchmarks/run.py
+
+clip: $(INSTALLED) ## Train the small CLIP of artefacts/small_clip again, or go on where it stopped
+	$(BIN)/python artefacts/small_clip/train.py
+
+lock: ## Resolve the newest indirect dependencies and write requirements.lock
+	rm -rf .lock-venv
+	$(PYTHON) -m venv .lock-venv
+	.lock-venv/bin/pip install --quiet $(TORCH)
+	.lock-venv/bin/pip install --quiet -e '.[book,test]'
+	.lock-venv/bin/pip check
+	@# A GPU machine's torch brings nvidia, cuda and triton packages of its own choice.
+	.lock-venv/bin/pip freeze --exclude-editable | sed 's/+cpu$$//' \
+	  | grep -viE '^(nvidia|cuda|triton|setuptools)' > .lock-venv/lock
+	mv .lock-venv/lock requirements.lock
+	rm -rf .lock-venv
+
+clean: ## Remove everything made here, the environment and all results included
+	rm -rf $(VENV) .lock-venv _build results book/notebooks book/_static/vendor
+	rm -rf .pytest_cache .ruff_cache .hypothesis lib/*.egg-info
+	find lib tests book benchmarks artefacts -name __pycache__ -prune -exec rm -rf {} +
+
+# torch goes first and alone: the version asked for by name is the one taken, on a CPU or a GPU machine.
+$(INSTALLED): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || { echo \
+	  "PatchSAE needs Python 3.11, 3.12 or 3.13, and '$(PYTHON)' is not: name one, as in make PYTHON=python3.11 book."; \
+	  exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet -c requirements.lock -e '.[book,test]'
+	$(BIN)/pip check
+	@touch $@

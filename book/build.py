@@ -1,0 +1,159 @@
+"""Build the book: execute what changed, render it for a reader without a network, check it.
+
+Each notebook is executed through `patchsae.run` into a stage folder named by the hash of its
+inputs, so an interrupted build goes on where it stopped and a second build does nothing.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import yaml
+
+from patchsae.errors import PatchSAEError
+from patchsae.run import NotebookFailed, run_notebook
+from patchsae.stage import (
+    Stage,
+    digest,
+    file_digest,
+    project_root,
+    tree_digests,
+    versions,
+    write_atomic,
+)
+
+MATHJAX = "tex-svg-full.js"
+
+
+def pages(root: Path) -> list[str]:
+    """Return the pages of the table of contents, in order, without suffix."""
+    toc = yaml.safe_load((root / "_toc.yml").read_text(encoding="utf-8"))
+    found = [toc["root"]]
+
+    def walk(node: object) -> None:
+        if isinstance(node, dict):
+            if "file" in node:
+                found.append(node["file"])
+            for value in node.values():
+                walk(value)
+        elif isinstance(node, list):
+            for value in node:
+                walk(value)
+
+    walk(toc)
+    return found
+
+
+def execute_notebooks(root: Path) -> None:
+    """Bring every executed notebook in book/notebooks up to date with its inputs."""
+    before = digest(
+        {
+            "library": tree_digests(root, "lib/patchsae/**/*", "artefacts/**/*"),
+            "versions": versions(),
+        }
+    )
+    for page in pages(root):
+        if not page.startswith("book/notebooks/"):
+            continue
+        name = Path(page).name
+        source = root / "notebooks" / f"{name}.ipynb"
+        if not source.is_file():
+            raise PatchSAEError(f"_toc.yml names {page}, but there is no {source}: add it.")
+        # A notebook may read what the notebooks before it left behind, so it depends on them all.
+        stage = Stage.open(root / "_build" / "notebooks", name, {"notebook": source, "before": before})
+        executed = stage.path / f"{name}.ipynb"
+        if stage.done and executed.is_file():
+            print(f"{name}: unchanged", flush=True)
+        else:
+            print(f"{name}: running …", flush=True)
+            cost = run_notebook(source, executed, cwd=root)
+            stage.finish(**cost._asdict())
+            print(f"{name}: {cost.seconds:.1f} s, peak {cost.peak_mb or 0:.0f} MB", flush=True)
+        place(executed, root / f"{page}.ipynb")
+        before = digest(stage.inputs)
+
+
+def place(source: Path, target: Path) -> None:
+    """Copy a file where the book reads it, unless the same is there already."""
+    if not target.is_file() or file_digest(source) != file_digest(target):
+        write_atomic(target, lambda temporary: shutil.copyfile(source, temporary))
+
+
+def bring_mathjax(root: Path) -> None:
+    """Take MathJax, one file with no fonts to load, from the installed package that holds it."""
+    for file in metadata.files("sphinx-mathjax-offline") or []:
+        if file.name == MATHJAX:
+            place(Path(file.locate()), root / "book" / "_static" / "vendor" / MATHJAX)
+            return
+    raise PatchSAEError(
+        f"The package sphinx-mathjax-offline holds no {MATHJAX}: reinstall it (`make clean book`)."
+    )
+
+
+def render(root: Path) -> Path:
+    """Render the pages with jupyter-book, where warnings are errors, unless they are up to date."""
+    html = root / "_build" / "html"
+    record = html / "inputs.json"
+    inputs = {
+        "pages": tree_digests(root, "book/**/*", "_config.yml", "_toc.yml"),
+        "versions": versions(),
+    }
+    index = html / "index.html"
+    if (
+        record.is_file()
+        and record.read_text() == digest(inputs)
+        and not missing(root, html)
+        and index.is_file()
+    ):
+        print("pages: unchanged", flush=True)
+        return index
+    # Sphinx warns about a page only when it reads it: a second try after a warning would pass.
+    for stale in (html, root / "_build" / ".doctrees"):
+        shutil.rmtree(stale, ignore_errors=True)
+    started = time.perf_counter()
+    command = [Path(sys.executable).with_name("jupyter-book"), "build", root]
+    command += ["--toc", root / "_toc.yml", "--config", root / "_config.yml"]
+    command += ["-W", "-n", "--keep-going", "--quiet"]
+    rendered = subprocess.run([str(word) for word in command], cwd=root)
+    if rendered.returncode:
+        raise PatchSAEError("jupyter-book refused the book: mend the warnings above, then rebuild.")
+    # jupyter-book 2 ignores _toc.yml, builds nothing and says nothing.
+    absent = missing(root, html)
+    if absent:
+        raise PatchSAEError(
+            f"jupyter-book {metadata.version('jupyter-book')} built no page for "
+            f"{', '.join(absent)}: reinstall the pinned versions (`make clean book`)."
+        )
+    write_atomic(record, lambda temporary: temporary.write_text(digest(inputs)))
+    print(f"pages: {time.perf_counter() - started:.1f} s", flush=True)
+    return index
+
+
+def missing(root: Path, html: Path) -> list[str]:
+    """Return the pages of the table of contents that have no html."""
+    return [page for page in pages(root) if not (html / f"{page}.html").is_file()]
+
+
+def main() -> int:
+    """Build the book and print the page to open."""
+    started = time.perf_counter()
+    try:
+        root = project_root()
+        execute_notebooks(root)
+        bring_mathjax(root)
+        index = render(root)
+    except (PatchSAEError, NotebookFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"book: {time.perf_counter() - started:.1f} s")
+    print(f"open {index.as_uri()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

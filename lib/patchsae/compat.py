@@ -1,0 +1,45 @@
+"""Make `import torchvision` work beside a torch without CUDA.
+
+torchvision's wheels are compiled against CUDA builds of torch. Beside a CPU build the compiled
+operators cannot load, and `import torchvision` (hence open_clip and timm) stops with "operator
+torchvision::nms does not exist". Only its Python transforms are needed here, and they ask for no
+more than that two operators be declared. Import this module before open_clip, timm or torchvision.
+(Measured: reference/book.md, "torch without CUDA beside torchvision".)
+"""
+
+import importlib.util
+import sys
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+
+_SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+
+
+def _compiled_operators_load() -> bool:
+    """Try torchvision's compiled library, as torchvision itself will."""
+    spec = importlib.util.find_spec("torchvision")  # finds the package without running it
+    if spec is None or spec.origin is None:
+        return False
+    for suffix in EXTENSION_SUFFIXES:
+        library = Path(spec.origin).with_name("_C" + suffix)
+        if library.is_file():
+            try:
+                torch.ops.load_library(str(library))
+                return True
+            except OSError:  # compiled against libraries that this torch does not carry
+                return False
+    return False
+
+
+def declare_torchvision_operators() -> None:
+    """Declare torchvision::nms and torchvision::qnms unless they exist or can be loaded."""
+    if "torchvision" in sys.modules or _compiled_operators_load():
+        return
+    for operator in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, operator):
+            torch.library.define(f"torchvision::{operator}", _SCHEMA)
+
+
+declare_torchvision_operators()

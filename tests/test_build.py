@@ -1,0 +1,150 @@
+"""book/build.py on a tiny book: what is executed again, and what a failed build leaves."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from patchsae.stage import project_root
+
+ROOT = project_root()
+TOC = """format: jb-book
+root: book/intro
+chapters:
+  - file: book/notebooks/01_first
+  - file: book/notebooks/02_second
+"""
+
+
+def write_notebook(folder: Path, name: str, code: str) -> None:
+    """Write a notebook that executes `code`."""
+    cells = [
+        new_markdown_cell(f"# {name}\n\n$x^2$"),
+        new_code_cell("n = 1", metadata={"tags": ["parameters"]}),
+        new_code_cell(code),
+    ]
+    # Ids are random otherwise, and the same notebook written twice would count as changed.
+    for number, cell in enumerate(cells):
+        cell["id"] = f"cell-{number}"
+    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(new_notebook(cells=cells, metadata=metadata), folder / f"{name}.ipynb")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """Build a tiny book with the real configuration, once."""
+    root = tmp_path_factory.mktemp("book")
+    for name in ("pyproject.toml", "_config.yml"):
+        shutil.copy(ROOT / name, root / name)
+    (root / "_toc.yml").write_text(TOC)
+    (root / "notebooks").mkdir()
+    (root / "lib" / "patchsae").mkdir(parents=True)
+    (root / "lib" / "patchsae" / "part.py").write_text("A = 1\n")
+    shutil.copytree(
+        ROOT / "book" / "_static",
+        root / "book" / "_static",
+        ignore=shutil.ignore_patterns("vendor"),
+    )
+    (root / "book" / "intro.md").write_text("# Intro\n\nSee [first](notebooks/01_first.ipynb).\n")
+    write_notebook(root / "notebooks", "01_first", "print(n)")
+    write_notebook(root / "notebooks", "02_second", "print(n + 1)")
+    ran = build(root)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return root
+
+
+@pytest.fixture
+def book(built, tmp_path) -> Path:
+    """Give each test a copy of the built book."""
+    return Path(shutil.copytree(built, tmp_path / "book"))
+
+
+def build(root: Path) -> subprocess.CompletedProcess:
+    """Run the real build script in a folder."""
+    command = [sys.executable, str(ROOT / "book" / "build.py")]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True)
+
+
+def executed(ran: subprocess.CompletedProcess) -> list[str]:
+    """Name the notebooks that a build executed."""
+    return [line.split(":")[0] for line in ran.stdout.splitlines() if line.endswith("running …")]
+
+
+def test_the_build_ends_with_the_page_to_open(book):
+    again = build(book)
+    assert again.stdout.splitlines()[-1] == f"open {(book / '_build/html/index.html').as_uri()}"
+    for page in ("index", "book/intro", "book/notebooks/01_first", "book/notebooks/02_second"):
+        assert (book / "_build" / "html" / f"{page}.html").is_file()
+
+
+def test_a_second_build_does_nothing(book):
+    again = build(book)
+    assert again.returncode == 0, again.stderr
+    assert executed(again) == [] and "pages: unchanged" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("changed", "runs"),
+    [
+        ("notebooks/01_first.ipynb", ["01_first", "02_second"]),
+        ("notebooks/02_second.ipynb", ["02_second"]),
+        ("lib/patchsae/part.py", ["01_first", "02_second"]),
+        ("book/intro.md", []),
+    ],
+)
+def test_a_change_executes_what_depends_on_it(book, changed, runs):
+    path = book / changed
+    if path.suffix == ".ipynb":
+        write_notebook(path.parent, path.stem, "print('changed')")
+    else:
+        path.write_text(path.read_text() + "\n")
+    again = build(book)
+    assert again.returncode == 0, again.stderr
+    assert executed(again) == runs
+    assert "pages: unchanged" not in again.stdout
+
+
+def test_a_failing_notebook_stops_the_build_and_loses_nothing(book):
+    write_notebook(book / "notebooks", "02_second", "1 / 0")
+    failed = build(book)
+    assert failed.returncode == 1
+    assert "ZeroDivisionError" in failed.stderr and "failed.ipynb" in failed.stderr
+    # It is not trusted by the next build either, and what was executed before stays.
+    assert executed(build(book)) == ["02_second"]
+    write_notebook(book / "notebooks", "02_second", "print(n + 1)")
+    mended = build(book)
+    assert mended.returncode == 0 and executed(mended) == []
+
+
+def test_an_unfinished_stage_is_not_trusted(book):
+    (stage,) = (book / "_build" / "notebooks").glob("02_second-*")
+    (stage / "manifest.json").unlink()
+    assert executed(build(book)) == ["02_second"]
+
+
+def test_a_lost_page_is_rendered_again(book):
+    page = book / "_build" / "html" / "book" / "notebooks" / "01_first.html"
+    page.unlink()
+    again = build(book)
+    assert again.returncode == 0 and executed(again) == [] and page.is_file()
+
+
+def test_a_warning_fails_the_build_every_time(book):
+    (book / "book" / "intro.md").write_text("# Intro\n\n[nowhere](nowhere.md)\n")
+    for _ in range(2):
+        warned = build(book)
+        assert warned.returncode == 1
+        assert "nowhere" in warned.stderr and "mend the warnings" in warned.stderr
+    assert not (book / "_build" / "html" / "inputs.json").exists()
+
+
+def test_a_page_without_a_notebook_is_one_sentence(book):
+    (book / "notebooks" / "02_second.ipynb").unlink()
+    refused = build(book)
+    assert refused.returncode == 1 and "02_second.ipynb: add it" in refused.stderr

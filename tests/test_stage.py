@@ -1,0 +1,134 @@
+"""Folders named by their inputs, and files that are whole or absent."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from patchsae.errors import PatchSAEError
+from patchsae.stage import Stage, digest, jsonable, project_root, write_atomic, write_json
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=10,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    seed: int = 0
+    rates: tuple[float, ...] = (1e-3, 2e-3)
+
+
+@given(JSON)
+def test_digest_is_the_same_for_what_json_gives_back(value):
+    assert digest(json.loads(json.dumps(jsonable(value)))) == digest(value)
+
+
+def test_digest_ignores_key_order_and_sees_every_value():
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    assert digest({"a": 1, "b": 2}) != digest({"a": 1, "b": 3})
+    assert digest(Config()) == digest({"seed": 0, "rates": [1e-3, 2e-3]})
+    assert digest(Config(seed=1)) != digest(Config())
+    assert digest({"x": np.float64(0.5), "n": np.int64(3)}) == digest({"x": 0.5, "n": 3})
+
+
+def test_digest_is_the_same_in_another_process():
+    code = "from patchsae.stage import digest; print(digest({'words': {'b', 'a', 'c'}, 'x': 0.1}))"
+    for seed in "01":
+        env = os.environ | {"PYTHONHASHSEED": seed}
+        told = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        assert told.stdout.strip() == digest({"words": ["a", "b", "c"], "x": 0.1})
+
+
+def test_a_file_is_hashed_by_content_not_by_name(tmp_path):
+    first, second = tmp_path / "a", tmp_path / "b"
+    first.write_text("same")
+    second.write_text("same")
+    before = digest({"input": first})
+    assert before == digest({"input": second})
+    first.write_text("other")
+    assert digest({"input": first}) != before
+
+
+def test_what_cannot_be_recorded_is_refused():
+    with pytest.raises(PatchSAEError, match="type object"):
+        digest({"x": object()})
+
+
+def test_a_stage_is_done_only_with_its_manifest(tmp_path):
+    stage = Stage.open(tmp_path, "train", Config())
+    assert not stage.done
+    (stage.path / "weights").write_text("half")
+    assert not Stage.open(tmp_path, "train", Config()).done
+    manifest = stage.finish(seed=7, steps=10)
+    again = Stage.open(tmp_path, "train", Config())
+    assert again.done and again.path == stage.path
+    assert not Stage.open(tmp_path, "train", Config(seed=1)).done
+    told = json.loads(manifest.read_text())
+    assert told["seed"] == 7 and told["facts"] == {"steps": 10}
+    assert told["versions"]["torch"] and told["versions"]["python"] and told["seconds"] >= 0
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"inputs": {"seed": 99}}'])
+def test_a_torn_or_foreign_manifest_is_not_trusted(tmp_path, text):
+    stage = Stage.open(tmp_path, "train", Config())
+    stage.finish()
+    (stage.path / "manifest.json").write_text(text)
+    assert not stage.done
+
+
+def test_write_atomic_leaves_the_old_file_and_no_rubbish_when_the_writer_fails(tmp_path):
+    path = tmp_path / "numbers.json"
+    write_json(path, [1])
+
+    def fails(temporary):
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(path, fails)
+    assert json.loads(path.read_text()) == [1]
+    assert [p.name for p in tmp_path.iterdir()] == ["numbers.json"]
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    def fills(temporary):
+        with open("/dev/full", "w") as full:
+            full.write("x")
+
+    with pytest.raises(PatchSAEError, match="The disk is full, so .*free some space"):
+        write_atomic(tmp_path / "big", fills)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PatchSAEError, match="Could not write"):
+        write_json(tmp_path / "file" / "below" / "x.json", 1)
+    with pytest.raises(PatchSAEError, match="Could not write"):
+        Stage.open(tmp_path / "file", "train", {})
+
+
+def test_a_written_file_has_ordinary_permissions(tmp_path):
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    assert write_json(tmp_path / "x.json", 1).stat().st_mode == plain.stat().st_mode
+
+
+def test_project_root_is_found_from_anywhere(tmp_path, monkeypatch):
+    root = project_root()
+    assert (root / "pyproject.toml").is_file()
+    monkeypatch.chdir(tmp_path)
+    assert project_root() == root
+    monkeypatch.chdir(root / "lib" / "patchsae")
+    assert project_root() == root
