@@ -22,11 +22,14 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from open_clip.model import CLIP
-from open_clip.tokenizer import SimpleTokenizer
 from safetensors.torch import load_file, save_file
 
 import patchsae.compat  # noqa: F401  (before open_clip)
+
+# isort: split
+from open_clip.model import CLIP
+from open_clip.tokenizer import SimpleTokenizer
+
 from patchsae.catalogue import concepts, trained_mask
 from patchsae.pictograms import SceneConfig, captions, render
 from patchsae.stage import project_root, write_atomic, write_json
@@ -49,19 +52,25 @@ class Phase:
     """Share of patches that are not dropped."""
     objects: tuple[float, ...]
     """Probability of 1, 2, 3, 4 objects in a scene."""
+    scale: tuple[float, float] = SceneConfig.scale
+    """Side of a single object as a share of the image; above 1 it is cropped."""
 
 
+# At 56 px a patch covers twice the share of an object that it covers at 112 px; objects that are partly
+# outside show the patches what they will see later.
+ZOOMED = (0.5, 1.5)
 EASY, MIXED, HARD = (0.85, 0.15, 0.0, 0.0), (0.6, 0.2, 0.12, 0.08), (0.45, 0.25, 0.18, 0.12)
 RECIPES = {
     "cpu": (
         Phase(160_000, 56, 1.0, EASY),
-        Phase(520_000, 56, 1.0, MIXED),
+        Phase(155_000, 56, 1.0, MIXED),
+        Phase(205_000, 56, 1.0, MIXED, ZOOMED),
         Phase(50_000, 112, 0.5, MIXED),
         Phase(80_000, 112, 0.5, HARD),
     ),
     "gpu": (
         Phase(1_000_000, 56, 1.0, EASY),
-        Phase(5_000_000, 56, 1.0, MIXED),
+        Phase(5_000_000, 56, 1.0, MIXED, ZOOMED),
         Phase(3_000_000, 112, 0.5, HARD),
         Phase(1_000_000, 112, 1.0, HARD),
     ),
@@ -286,7 +295,7 @@ def train(recipe: Recipe, run: Path, device: str, minutes: float | None, every: 
             "train",
             recipe.seed,
             where,
-            SceneConfig(size=phase.size, objects=phase.objects),
+            SceneConfig(size=phase.size, objects=phase.objects, scale=phase.scale),
             device=device,
         )
         tokens = tokenizer(captions(key, where, scenes)).to(device)

@@ -17,7 +17,7 @@ from .catalogue import concepts, trained_mask
 from .errors import PatchSAEError
 from .images import Batch, Dataset, ImageSet, short_hash
 from .pictograms import SILHOUETTE, STYLE_WORDS, SceneConfig, Scenes, render, uniforms
-from .sprites import STYLES
+from .sprites import PHOTOS, STYLES, packages
 
 SINGLE = SceneConfig(objects=(1.0,), word_rate=0.0)
 CLUTTERED = SceneConfig(objects=(0.6, 0.2, 0.12, 0.08))
@@ -77,7 +77,7 @@ class SceneSet(ImageSet):
     def fingerprint(self) -> str:
         return short_hash(
             [self.name, self.split, self.concept_of_label.tolist(), self.styles, len(self),
-             asdict(self.config), [c._asdict() for c in concepts()]]
+             asdict(self.config), [c._asdict() for c in concepts()], PHOTOS[self.split], packages()]
         )  # fmt: skip
 
 

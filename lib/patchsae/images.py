@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm.auto import tqdm
 
 from .errors import PatchSAEError
@@ -75,6 +75,11 @@ class ImageSet(ABC):
         """Restrict the set to `indices`, keeping labels and class names."""
         return Subset(self, indices, split=split)
 
+    def sample(self, n: int, seed: int = 0) -> Subset:
+        """Restrict the set to n images drawn without replacement (all, if there are fewer)."""
+        drawn = np.random.default_rng(seed).permutation(len(self))[:n]
+        return Subset(self, np.sort(drawn))
+
     def classes(self, keep: Sequence[int]) -> Subset:
         """Restrict the set to the classes `keep` and relabel them from 0 in that order."""
         relabel = {int(old): new for new, old in enumerate(keep)}
@@ -123,12 +128,22 @@ class FolderImages(ImageSet):
     Images are resized (bicubic, shorter side) and centre-cropped to `image_size` as CLIP's own
     preprocessing does (facts.md §1.2).
 
+    Parameters
+    ----------
+    classnames : one per folder in sorted order, where folders are named by ids such as n01440764
+
     Raises
     ------
     PatchSAEError : the folder is missing or holds no image; a file cannot be decoded.
     """
 
-    def __init__(self, root: str | Path, image_size: int, split: str = "test"):
+    def __init__(
+        self,
+        root: str | Path,
+        image_size: int,
+        split: str = "test",
+        classnames: Sequence[str] | None = None,
+    ):
         self.root, self.image_size = Path(root), image_size
         if not self.root.is_dir():
             raise PatchSAEError(
@@ -146,7 +161,12 @@ class FolderImages(ImageSet):
                 f"no images under '{root}': expected {root}/<class name>/*.jpg (or png, webp, ...)."
             )
         self.name, self.split = self.root.name, split
-        self.classnames = tuple(folder.name.replace("_", " ") for folder in folders)
+        if classnames is not None and len(classnames) != len(folders):
+            raise PatchSAEError(
+                f"'{root}' has {len(folders)} class folders but {len(classnames)} class names were "
+                f"given; complete the folder."
+            )
+        self.classnames = tuple(classnames or (folder.name.replace("_", " ") for folder in folders))
         self.paths = [path for path, _ in files]
         self.labels = np.array([label for _, label in files], dtype=np.int64)
 
@@ -156,7 +176,9 @@ class FolderImages(ImageSet):
         return Batch(images, torch.from_numpy(self.labels[indices]), torch.from_numpy(indices))
 
     def fingerprint(self) -> str:
-        files = [(str(p.relative_to(self.root)), p.stat().st_size) for p in self.paths]
+        # size and time of change stand for the content: ImageNet's cannot be read at every start
+        status = [(path.relative_to(self.root).as_posix(), path.stat()) for path in self.paths]
+        files = [(name, found.st_size, found.st_mtime_ns) for name, found in status]
         return short_hash([self.image_size, files])
 
 
@@ -207,10 +229,10 @@ def load_image(path: str | Path, image_size: int) -> torch.Tensor:
     try:
         with Image.open(path) as file:
             image = file.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's decoders raise errors of many kinds on damaged files
         raise PatchSAEError(f"cannot read image '{path}' ({error}); replace or remove the file.") from error
-    scale = image_size / min(image.size)
-    width, height = (max(image_size, round(side * scale)) for side in image.size)
+    # the longer side is rounded down, as torchvision's Resize does
+    width, height = (side * image_size // min(image.size) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - image_size) / 2), round((height - image_size) / 2)
     image = image.crop((left, top, left + image_size, top + image_size))

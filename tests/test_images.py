@@ -1,0 +1,273 @@
+"""Image sets on disk: CLIP's resizing to the last bit, laziness, class halves, bad files."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import patchsae.compat  # noqa: F401  (before torchvision)
+from patchsae import images as library
+from patchsae.errors import PatchSAEError
+from patchsae.images import Dataset, FolderImages, load_image
+
+# isort: split
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+
+SIDE = 32
+ODD_SIZES = [
+    (32, 32), (33, 32), (32, 33), (37, 91), (91, 37), (301, 57), (57, 600), (640, 427), (335, 500),
+    (5, 3), (1, 9), (9, 1), (31, 64), (113, 224), (999, 334),
+]  # fmt: skip
+
+
+def pixels(width, height, mode="RGB", seed=0) -> Image.Image:
+    """Make noise under a ramp, which a shift by one pixel changes everywhere."""
+    rng = np.random.default_rng([seed, width, height])
+    ramp = np.linspace(0, 160, width)[None, :, None] + np.linspace(0, 60, height)[:, None, None]
+    array = (ramp + rng.integers(0, 36, (height, width, 4))).astype(np.uint8)
+    return Image.fromarray(array, "RGBA").convert(mode)
+
+
+def by_torchvision(path, side) -> torch.Tensor:
+    """Preprocess as the released code does: RGB first, then CLIP's Resize and CenterCrop."""
+    transform = Compose([Resize(side, interpolation=InterpolationMode.BICUBIC), CenterCrop(side)])
+    with Image.open(path) as image:
+        return torch.from_numpy(np.array(transform(image.convert("RGB")))).permute(2, 0, 1)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Seven classes of two images, in every kind of file that occurs."""
+    root = tmp_path / "pets"
+    kinds = [
+        ("RGB", "jpg"),
+        ("L", "png"),
+        ("RGBA", "png"),
+        ("P", "png"),
+        ("CMYK", "jpg"),
+        ("1", "bmp"),
+        ("RGB", "webp"),
+    ]
+    for label, (mode, suffix) in enumerate(kinds):
+        place = root / f"class_{label}"
+        place.mkdir(parents=True)
+        for i in range(2):
+            pixels(40 + 7 * label, 61 - 5 * i, mode, seed=label).save(place / f"{i}.{suffix}")
+    (root / "class_0" / "notes.txt").write_text("not an image")
+    return root
+
+
+@pytest.mark.parametrize("side", [32, 112])
+@pytest.mark.parametrize("size", ODD_SIZES, ids=str)
+def test_resize_and_crop_equal_torchvision(tmp_path, size, side):
+    path = tmp_path / "image.png"
+    pixels(*size).save(path)
+    assert torch.equal(load_image(path, side), by_torchvision(path, side))
+
+
+def test_many_sizes_equal_torchvision(tmp_path):
+    path = tmp_path / "image.png"
+    for width, height in np.random.default_rng(0).integers(2, 150, (150, 2)):
+        pixels(width, height).save(path)
+        assert torch.equal(load_image(path, 24), by_torchvision(path, 24)), (width, height)
+
+
+def test_every_kind_of_file_is_rgb_as_by_torchvision(folder):
+    images = FolderImages(folder, SIDE)
+    (batch,) = images.batches(len(images))
+    assert batch.images.shape == (14, 3, SIDE, SIDE) and batch.images.dtype == torch.uint8
+    for path, image in zip(images.paths, batch.images, strict=True):
+        assert torch.equal(image, by_torchvision(path, SIDE)), path
+    grey = batch.images[2]
+    assert torch.equal(grey[0], grey[1]) and torch.equal(grey[0], grey[2])
+
+
+def test_exif_orientation_is_left_alone_as_by_torchvision(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "rotate by 90 degrees to show"
+    path = tmp_path / "turned.jpg"
+    pixels(60, 41).save(path, exif=exif)
+    assert torch.equal(load_image(path, SIDE), by_torchvision(path, SIDE))
+
+
+def test_labels_and_names_follow_the_folders(folder):
+    images = FolderImages(folder, SIDE, split="train")
+    assert images.name == "pets" and images.split == "train" and len(images) == 14
+    assert images.classnames == tuple(f"class {i}" for i in range(7))
+    assert images.labels.tolist() == [i for i in range(7) for _ in range(2)]
+    assert all(
+        path.parent.name == f"class_{y}" for path, y in zip(images.paths, images.labels, strict=True)
+    )
+
+
+def test_batches_keep_order_and_decode_one_batch_at_a_time(folder, monkeypatch):
+    decoded = []
+
+    def counted(path, side):
+        decoded.append(path)
+        return load_image(path, side)
+
+    monkeypatch.setattr(library, "load_image", counted)
+    images = FolderImages(folder, SIDE)
+    for i, batch in enumerate(images.batches(4)):
+        assert decoded == images.paths[: 4 * (i + 1)]  # none before it is asked for
+        assert batch.indices.tolist() == list(range(14))[4 * i : 4 * i + 4]
+        assert batch.labels.tolist() == images.labels[batch.indices].tolist()
+    assert len(decoded) == 14
+    asked = [9, 0, 3, 3, 13]
+    parts = list(images.batches(2, indices=asked))
+    assert [len(part.images) for part in parts] == [2, 2, 1]
+    assert torch.cat([part.indices for part in parts]).tolist() == asked
+    together = torch.cat([part.images for part in parts])
+    expected = torch.stack([load_image(images.paths[i], SIDE) for i in asked])
+    assert torch.equal(together, expected)
+    assert list(images.batches(4, indices=[])) == []
+
+
+def test_subset_keeps_labels_and_counts_from_zero(folder):
+    images = FolderImages(folder, SIDE)
+    part = images.subset([13, 2, 5], split="few")
+    assert part.split == "few" and part.classnames == images.classnames
+    assert part.labels.tolist() == [6, 1, 2]
+    batch = part.load([1, 0])
+    assert batch.indices.tolist() == [1, 0] and batch.labels.tolist() == [1, 6]
+    assert torch.equal(batch.images, images.load([2, 13]).images)
+    assert torch.equal(part.subset([2]).load([0]).images, images.load([5]).images)
+    for wrong in ([14], [-1]):
+        with pytest.raises(PatchSAEError, match=r"pets.*0\.\.13"):
+            images.subset(wrong)
+
+
+def test_classes_are_relabelled_in_the_order_given(folder):
+    images = FolderImages(folder, SIDE)
+    part = images.classes([5, 2])
+    assert part.classnames == ("class 5", "class 2")
+    assert part.labels.tolist() == [1, 1, 0, 0]  # images stay in the order of the set
+    batch = part.load([0, 3])
+    assert batch.labels.tolist() == [1, 0]
+    assert torch.equal(batch.images, images.load([4, 11]).images)
+
+
+def test_base_is_the_larger_half_and_novel_the_rest(folder):
+    images = FolderImages(folder, SIDE)
+    whole = Dataset("pets", "Pets", images.classnames, "a photo of a {}", images, images)
+    base, novel = whole.base(), whole.novel()
+    assert base.classnames == images.classnames[:4] and novel.classnames == images.classnames[4:]
+    for half in (base, novel):
+        assert half.template == whole.template and half.name != whole.name
+        for part in (half.train, half.test):
+            assert part.classnames == half.classnames
+            assert set(part.labels) == set(range(len(half.classnames)))
+    assert base.name != novel.name
+    seen = [set(half.test.indices.tolist()) for half in (base, novel)]
+    assert not seen[0] & seen[1] and seen[0] | seen[1] == set(range(14))
+
+
+FINGERPRINTS = """
+import json, sys
+from patchsae.images import FolderImages
+images = FolderImages(sys.argv[1], 32)
+parts = images, images.subset([3, 1]), images.classes([5, 2])
+print(json.dumps([part.fingerprint() for part in parts]))
+"""
+
+
+def fingerprints(root) -> list[str]:
+    images = FolderImages(root, SIDE)
+    return [part.fingerprint() for part in (images, images.subset([3, 1]), images.classes([5, 2]))]
+
+
+def test_fingerprint_is_the_same_in_every_process(folder):
+    other_seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
+    told = subprocess.run(
+        [sys.executable, "-c", FINGERPRINTS, str(folder)],
+        env={**os.environ, "PYTHONHASHSEED": other_seed},
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    assert json.loads(told.stdout) == fingerprints(folder)
+
+
+def test_fingerprint_tells_sets_apart(folder):
+    images = FolderImages(folder, SIDE)
+    found = [
+        *fingerprints(folder),
+        FolderImages(folder, SIDE + 1).fingerprint(),
+        images.subset([1, 3]).fingerprint(),
+        images.classes([2, 5]).fingerprint(),
+        images.subset(np.flatnonzero(np.isin(images.labels, [5, 2]))).fingerprint(),
+    ]
+    assert len(set(found)) == len(found)
+
+
+def test_fingerprint_follows_the_content(folder):
+    before = FolderImages(folder, SIDE).fingerprint()
+    time.sleep(0.02)  # file systems keep time in steps of some milliseconds
+    changed = folder / "class_5" / "0.bmp"
+    size = changed.stat().st_size
+    pixels(75, 61, "1", seed=99).save(changed)
+    assert changed.stat().st_size == size  # other pixels in as many bytes
+    edited = FolderImages(folder, SIDE).fingerprint()
+    (folder / "class_6" / "1.webp").unlink()
+    removed = FolderImages(folder, SIDE).fingerprint()
+    (folder / "class_3").rename(folder / "class_3b")
+    assert len({before, edited, removed, FolderImages(folder, SIDE).fingerprint()}) == 4
+
+
+def test_missing_or_empty_folder_is_named(tmp_path):
+    with pytest.raises(PatchSAEError, match="absent.*does not exist.*one sub-folder per class"):
+        FolderImages(tmp_path / "absent", SIDE)
+    (tmp_path / "class").mkdir()
+    (tmp_path / "class" / "notes.txt").write_text("nothing to see")
+    with pytest.raises(PatchSAEError, match="no images under"):
+        FolderImages(tmp_path, SIDE)
+
+
+@pytest.mark.parametrize("content", [b"", b"no image at all", b"\x89PNG\r\n\x1a\n", b"BM" + bytes(60)])
+def test_unreadable_image_is_named(folder, content):
+    broken = folder / "class_4" / "0.jpg"
+    broken.write_bytes(content)
+    with pytest.raises(PatchSAEError, match=r"class_4/0\.jpg.*replace or remove"):
+        list(FolderImages(folder, SIDE).batches(8))
+
+
+def test_image_removed_after_listing_is_named(folder):
+    images = FolderImages(folder, SIDE)
+    images.paths[3].unlink()
+    with pytest.raises(PatchSAEError, match=images.paths[3].name):
+        images.load([3])
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow may warn about what it could still read
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "webp", "tif", "ppm"])
+def test_no_damage_ends_in_a_traceback(tmp_path, suffix):
+    """Cut and altered files either decode or are named; nothing else may come out."""
+    whole = tmp_path / f"whole.{suffix}"
+    pixels(23, 17).save(whole)
+    content, rng = whole.read_bytes(), np.random.default_rng(1)
+    broken = tmp_path / f"broken.{suffix}"
+    refused = 0
+    for trial in range(150):
+        damaged = bytearray(content)
+        if trial % 3 == 0:
+            damaged = damaged[: rng.integers(len(content))]
+        else:
+            # the first bytes hold the sizes and types that decoders trust
+            for position in rng.integers(0, min(len(content), 40 * trial), 3):
+                damaged[position] = rng.integers(256)
+        broken.write_bytes(damaged)
+        try:
+            image = load_image(broken, 16)
+        except PatchSAEError as error:
+            refused += 1
+            assert f"broken.{suffix}" in str(error)
+        else:
+            assert image.shape == (3, 16, 16)
+    assert refused > 20
