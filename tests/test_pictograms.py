@@ -517,15 +517,16 @@ def test_data_set_has_the_interface_of_the_benchmarks(name):
     order = [concept.name for concept in concepts()]
     assert list(data.classnames) == sorted(data.classnames, key=order.index)
     hashes = []
+    where = np.arange(20)
     for part in (data.train, data.test):
-        scenes, batch = part.scenes(np.arange(24)), part.load(np.arange(24))
-        assert (batch.images == scenes.images).all() and batch.images.shape == (24, 3, 112, 112)
-        assert batch.labels.tolist() == part.labels[:24].tolist()
+        scenes, batch = part.scenes(where), part.load(where)
+        assert (batch.images == scenes.images).all() and batch.images.shape == (20, 3, 112, 112)
+        assert batch.labels.tolist() == part.labels[:20].tolist()
         shown = [concepts()[c].name for c in scenes.concepts[:, 0]]
         assert shown == [data.classnames[y] for y in batch.labels]
         assert (scenes.concepts[:, 1:] == -1).all() and (scenes.word == -1).all()
         hashes += image_hashes(batch.images)
-    assert len(set(hashes)) == 48
+    assert len(set(hashes)) == 40
     longer = embedded_dataset(name, train=5)
     assert (longer.train.load([7]).images == data.train.load([7]).images).all()
     assert len({half.fingerprint() for d in (data, base, novel, longer) for half in (d.train, d.test)}) == 8

@@ -187,7 +187,7 @@ def layout(
             chosen[here] = options[position[here]]
     if fixed is not None:
         chosen[:, 0], style[:, 0] = fixed
-        chosen[np.arange(SLOTS) >= count[:, None]] = -1
+    chosen[np.arange(SLOTS) >= count[:, None]] = -1
     low, high = config.scale
     scale = low + (high - low) * objects[..., 2]
     shrink = np.array([1.0, 0.62, 0.54, 0.5])[count - 1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import os
 import shutil
 import sys
 import time
@@ -143,6 +144,9 @@ def run_notebook(
     checked = check_parameters(source, parameters or {})
     failed = out.with_name(f"{out.stem}.failed.ipynb")
     cost = Cost(0.0, None)
+
+    # Progress bars are for people; in a page they would be dead widgets.
+    os.environ.setdefault("TQDM_DISABLE", "1")
 
     def execute(temporary: Path) -> None:
         nonlocal cost

@@ -1,0 +1,93 @@
+"""The notebooks themselves, executed by the runner at a small size of each scale."""
+
+import re
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from PIL import Image
+
+from patchsae.errors import PatchSAEError
+from patchsae.run import check_parameters, run_notebook
+from patchsae.stage import project_root
+
+NOTEBOOKS = sorted((project_root() / "notebooks").glob("*.ipynb"))
+
+
+def text_of(notebook: Path) -> str:
+    """Join everything the cells printed or displayed as text."""
+    outputs = [out for cell in nbformat.read(notebook, 4).cells for out in cell.get("outputs", ())]
+    return "\n".join(out.get("text", "") or out.get("data", {}).get("text/plain", "") for out in outputs)
+
+
+def figures_of(notebook: Path) -> int:
+    outputs = [out for cell in nbformat.read(notebook, 4).cells for out in cell.get("outputs", ())]
+    return sum("image/png" in out.get("data", {}) for out in outputs)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_committed_without_outputs_and_with_parameters(notebook):
+    cells = nbformat.read(notebook, 4).cells
+    assert not any(cell.get("outputs") for cell in cells)
+    assert sum("parameters" in cell.metadata.get("tags", ()) for cell in cells) == 1
+    with pytest.raises(PatchSAEError, match="has no parameter 'sead'.*'seed'"):
+        check_parameters(notebook, {"sead": "1"})
+    with pytest.raises(PatchSAEError, match="'seed'.*takes int.*'many'"):
+        check_parameters(notebook, {"seed": "many"})
+
+
+def test_training_and_statistics_at_the_embedded_scale(tmp_path):
+    small = {"images": 1024, "expansion": 4, "results": str(tmp_path / "results")}
+    first = tmp_path / "01.ipynb"
+    run_notebook(
+        project_root() / "notebooks" / "01_training.ipynb", first,
+        small | {"test_images": 32, "benchmark_images": 8},
+    )  # fmt: skip
+    shown = text_of(first)
+    assert "512 latents on 128 dimensions, 201,728 tokens seen" in shown
+    kept = re.search(r"All concepts: ([\d.]+) % .* ([\d.]+) % through the SAE", " ".join(shown.split()))
+    assert 0 <= float(kept[2]) <= 100 and float(kept[1]) > 10
+    assert figures_of(first) == 3
+    second = tmp_path / "02.ipynb"
+    run_notebook(
+        project_root() / "notebooks" / "02_statistics.ipynb", second,
+        small | {"atlas_images": 200, "mask_images": 32},
+    )  # fmt: skip
+    shown = text_of(second)
+    assert "200 images, 39,400 tokens" in shown and "activation mass inside objects" in shown
+    assert figures_of(second) == 4
+    # the SAE of the first notebook was found, not trained again
+    assert len(list((tmp_path / "results").glob("sae-*"))) == 1
+
+
+def test_statistics_at_the_paper_scale(tmp_path):
+    """Full-size random ViT-B/16 and a folder of exactly ImageNet's layout: 1000 folders of wnids."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for label in range(1000):
+            folder = tmp_path / "data" / "imagenet" / "images" / split / f"n{label:08d}"
+            folder.mkdir(parents=True)
+            Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(folder / f"{label}.JPEG")
+    out = tmp_path / "02.ipynb"
+    values = {
+        "scale": "paper", "data": str(tmp_path / "data"), "model": "ViT-B-16-quickgelu",
+        "images": 16, "expansion": 1, "atlas_images": 24, "k": 2, "results": str(tmp_path / "results"),
+    }  # fmt: skip
+    run_notebook(project_root() / "notebooks" / "02_statistics.ipynb", out, values)
+    shown = text_of(out)
+    assert "197 tokens × 768" in shown and "24 images, 4,728 tokens" in shown
+    assert "has no object masks" in shown
+
+
+def test_a_folder_that_is_not_imagenet_is_named(tmp_path):
+    from patchsae.backbone import load_backbone
+    from patchsae.scales import scale
+
+    backbone = load_backbone(str(project_root() / "artefacts" / "small_clip"), block=11)
+    with pytest.raises(PatchSAEError, match="parameter data"):
+        scale("paper").sets(backbone, "")
+    with pytest.raises(PatchSAEError, match="imagenet/images/train"):
+        scale("paper").sets(backbone, str(tmp_path))
+    with pytest.raises(PatchSAEError, match="scale='huge'"):
+        scale("huge")

@@ -1,0 +1,114 @@
+"""The small CLIP: its training arithmetic, its resumption, and its card against its weights."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from patchsae.stage import project_root
+
+FOLDER = project_root() / "artefacts" / "small_clip"
+sys.path.insert(0, str(FOLDER))
+import evaluate as evaluation  # noqa: E402
+import train as training  # noqa: E402
+
+TINY = training.Recipe(phases=training.RECIPES["tiny"], batch=64)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(1)
+    clip, tokenizer, normal = training.build()
+    return clip.eval(), tokenizer, normal
+
+
+def test_training_forwards_equal_open_clip(model):
+    clip, tokenizer, _ = model
+    images = torch.randn(3, 3, 112, 112)
+    tokens = tokenizer(["a cat", "a flat picture of a hedgehog and a dog", "x", "ring, key", "egg"])
+    with torch.no_grad():
+        torch.testing.assert_close(training.image_tower(clip, images), clip.encode_image(images))
+        torch.testing.assert_close(training.text_tower(clip, tokens), clip.encode_text(tokens))
+
+
+def test_dropping_no_patch_changes_nothing(model):
+    clip, _, _ = model
+    images = torch.randn(2, 3, 112, 112)
+    every = torch.arange(196).expand(2, -1)
+    with torch.no_grad():
+        whole, kept = training.image_tower(clip, images), training.image_tower(clip, images, every)
+    torch.testing.assert_close(whole, kept)
+
+
+def test_rescaling_the_stream_keeps_the_function(model):
+    clip, _, _ = model
+    with torch.no_grad():
+        for block in clip.visual.transformer.resblocks:
+            block.mlp.c_proj.weight *= 40  # a stream as large as Muon leaves it
+        images = torch.randn(4, 3, 112, 112)
+        before = clip.encode_image(images)
+        factor = training.rescale_stream(clip, images)
+        after = clip.encode_image(images)
+    assert factor < 0.5
+    assert torch.cosine_similarity(before, after).min() > 1 - 1e-4
+    found = []
+    hook = clip.visual.transformer.resblocks[10].register_forward_hook(lambda *a: found.append(a[2]))
+    clip.encode_image(images)
+    hook.remove()
+    spread = (found[0] - found[0].mean((0, 1))).norm(dim=-1).mean()
+    assert spread.item() == pytest.approx(128**0.5, rel=1e-3)
+
+
+def test_a_stopped_run_is_resumed_to_the_same_weights(tmp_path, monkeypatch):
+    whole = training.train(TINY, tmp_path / "whole", "cpu", None)
+    calls, real = [], training.render
+
+    def stop_at_the_fourth(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(training, "render", stop_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(TINY, tmp_path / "cut", "cpu", None, every=0)
+    monkeypatch.setattr(training, "render", real)
+    resumed = training.train(TINY, tmp_path / "cut", "cpu", None)
+    assert len(calls) == 4
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(weight, resumed.state_dict()[name]), name
+    fresh = training.build()[0].state_dict()
+    assert any(not torch.equal(fresh[k], v) for k, v in whole.state_dict().items())
+
+
+def test_the_card_describes_the_weights():
+    card = json.loads((FOLDER / "card.json").read_text())
+    assert (FOLDER / "open_clip_model.safetensors").stat().st_size <= 16_000_000
+    clip, tokenizer, normal = training.build()
+    training.load_weights(clip, FOLDER / "open_clip_model.safetensors")
+    n = 256
+    found = evaluation.accuracy(clip.eval(), tokenizer, normal["mean"], normal["std"], n)
+    for style, kinds in found.items():
+        claimed = card["accuracy"][style]["trained"]["concept"]
+        assert card["zero_shot_top1"][style] == claimed
+        # n of the card's own scenes, of other concepts than the rest: five standard errors
+        tolerance = 5 * (claimed * (1 - claimed) / n) ** 0.5
+        assert abs(kinds["trained"]["concept"] - claimed) < tolerance, style
+
+
+def test_phases_and_rates():
+    phases = training.RECIPES["cpu"]
+    total = sum(phase.images for phase in phases)
+    assert training.phase_at(phases, 0) is phases[0]
+    assert training.phase_at(phases, total - 1) is phases[-1]
+    assert training.phase_at(phases, total) is None
+    assert training.progress_at(phases, 0) == 0 and training.progress_at(phases, total) == pytest.approx(1)
+    assert training.rate_at(TINY, 0.2) == 1 and training.rate_at(TINY, 1.0) == 0
+
+
+def test_folder_is_open_clips_own_layout():
+    assert {p.name for p in Path(FOLDER).iterdir()} >= {
+        "open_clip_config.json", "open_clip_model.safetensors", "card.json", "curve.csv"
+    }  # fmt: skip
