@@ -65,8 +65,8 @@ RECIPES = {
         Phase(160_000, 56, 1.0, EASY),
         Phase(155_000, 56, 1.0, MIXED),
         Phase(135_000, 56, 1.0, MIXED, ZOOMED),
-        Phase(35_000, 112, 0.5, MIXED),
-        Phase(65_000, 112, 0.5, HARD),
+        Phase(30_000, 112, 0.5, MIXED),
+        Phase(30_000, 112, 0.5, HARD),
     ),
     "gpu": (
         Phase(1_000_000, 56, 1.0, EASY),

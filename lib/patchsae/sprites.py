@@ -43,7 +43,7 @@ PHOTOS = {
     ),
     "test": (
         "skimage/gravel.png",
-        "skimage/moon.png",
+        "skimage/clock_motion.png",
         "skimage/coins.png",
         "skimage/astronaut.png",
         "sklearn/flower.jpg",
