@@ -151,10 +151,10 @@ def reference_std(value: np.ndarray, label: np.ndarray) -> np.ndarray:
 def pick_regions(atlas: xr.Dataset) -> dict[str, int]:
     """Pick one latent from each of four regions of the Fig. 3 scatter, by rule.
 
-    Among latents with a full set of references, split at the median frequency and the median mean
-    activation: (a) rare and weak with the highest label entropy, (b) rare and strong with the lowest,
-    (c) frequent and strong with the highest, (d) frequent and strong with the lowest. Ties go to the
-    lower number; a region without latents is left out.
+    Among latents with a full set of references, the lowest and highest thirds of frequency and of mean
+    activation are 'rare', 'frequent', 'weak' and 'strong': (a) rare and weak with the highest label
+    entropy, (b) rare and strong with the lowest, (c) frequent and strong with the highest, (d) frequent
+    and strong with the lowest. Ties go to the lower number; a region without latents is left out.
     """
     full = (atlas.top_index.values >= 0).all(0)
     frequency, mean, spread = (atlas[v].values for v in ("frequency", "mean_activation", "entropy"))
@@ -162,13 +162,12 @@ def pick_regions(atlas: xr.Dataset) -> dict[str, int]:
         raise PatchSAEError(
             "no latent has a full set of reference images; take the atlas over more images."
         )
-    often = frequency > np.median(frequency[full])
-    strong = mean > np.median(mean[full])
+    (rare, often), (weak, strong) = (np.quantile(v[full], (1 / 3, 2 / 3)) for v in (frequency, mean))
     regions = {
-        "a": (~often & ~strong, spread),
-        "b": (~often & strong, -spread),
-        "c": (often & strong, spread),
-        "d": (often & strong, -spread),
+        "a": ((frequency <= rare) & (mean <= weak), spread),
+        "b": ((frequency <= rare) & (mean >= strong), -spread),
+        "c": ((frequency >= often) & (mean >= strong), spread),
+        "d": ((frequency >= often) & (mean >= strong), -spread),
     }
     return {
         name: int(np.where(full & where, score, -np.inf).argmax())
@@ -234,6 +233,7 @@ def make_atlas(
         for batch in images.batches(batch_size, progress=name):
             x = backbone.residual(backbone.normalize(batch.images))[:, columns]
             sums.update(sae.encode(x.float()), batch.labels, batch.indices)
-        sums.dataset(images.classnames).to_zarr(path, mode="w", consolidated=False)
+        # format 2, because format 3 has no settled way to store class names
+        sums.dataset(images.classnames).to_zarr(path, mode="w", consolidated=False, zarr_format=2)
         stage.finish(images=sums.images, tokens=sums.tokens)
     return xr.open_zarr(path, consolidated=False).load()

@@ -88,16 +88,16 @@ def statistics_scatter(atlas: xr.Dataset, marked: Mapping[str, int] | None = Non
 def reference_images(rows: Mapping[str, tuple[Sequence[np.ndarray], Sequence[str]]]) -> Figure:
     """Fig. 3, right: one row of reference images per latent, the label below each."""
     columns = max(len(images) for images, _ in rows.values())
-    figure, axes = plt.subplots(
-        len(rows), columns, figsize=(1.45 * columns, 1.95 * len(rows)), squeeze=False, layout="constrained"
-    )
-    for line, (name, (images, labels)) in zip(axes, rows.items(), strict=True):
-        for axis in line:
+    figure = plt.figure(figsize=(1.3 * columns, 1.95 * len(rows)), layout="constrained")
+    lines = np.atleast_1d(figure.subfigures(len(rows), 1))
+    for line, (name, (images, labels)) in zip(lines, rows.items(), strict=True):
+        line.suptitle(name, fontsize=9, x=0.01, ha="left")
+        axes = line.subplots(1, columns, squeeze=False)[0]
+        for axis in axes:
             axis.axis("off")
-        for axis, image, label in zip(line, images, labels, strict=False):
+        for axis, image, label in zip(axes, images, labels, strict=False):
             axis.imshow(image)
             axis.text(0.5, -0.04, label, transform=axis.transAxes, ha="center", va="top", fontsize=6)
-        line[0].set_title(name, fontsize=9, loc="left")
     return figure
 
 

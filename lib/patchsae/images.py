@@ -68,7 +68,9 @@ class ImageSet(ABC):
         """Iterate over the set (or `indices`) in order; `progress` names a tqdm bar."""
         order = np.arange(len(self)) if indices is None else np.asarray(indices)
         starts = range(0, len(order), batch_size)
-        for start in tqdm(starts, desc=progress, unit="batch", disable=progress is None):
+        # left unset where a bar is wanted, so that TQDM_DISABLE=1 can still silence it
+        quiet = {"disable": True} if progress is None else {}
+        for start in tqdm(starts, desc=progress, unit="batch", **quiet):
             yield self.load(order[start : start + batch_size])
 
     def subset(self, indices: Sequence[int], split: str | None = None) -> Subset:

@@ -202,7 +202,9 @@ def sprites(codes: Sequence[str], progress: bool = True) -> np.ndarray:
     """
 
     def make() -> np.ndarray:
-        bar = tqdm(codes, desc="drawing pictograms", unit="concept", disable=not progress)
+        bar = tqdm(
+            codes, desc="drawing pictograms", unit="concept", **({} if progress else {"disable": True})
+        )
         rows = [[draw(code, style) for style in STYLES] for code in bar]
         return np.stack([np.stack(row) for row in rows], 1)
 

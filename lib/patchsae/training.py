@@ -222,8 +222,8 @@ class _Run:
             initial=self.images_seen,
             desc="training the SAE",
             unit="image",
-            disable=not progress,
             mininterval=1.0,
+            **({} if progress else {"disable": True}),
         )
         for number in range(self.chunk, self.chunks):
             chunk = token_chunk(self.images, self.backbone, self.config, number)
