@@ -57,6 +57,7 @@ def test_training_and_statistics_at_the_embedded_scale(tmp_path):
     shown = text_of(second)
     assert "200 images, 39,400 tokens" in shown and "activation mass inside objects" in shown
     assert figures_of(second) == 4
+    assert "application/vnd.jupyter.widget" not in first.read_text() + second.read_text()
     # the SAE of the first notebook was found, not trained again
     assert len(list((tmp_path / "results").glob("sae-*"))) == 1
 

@@ -34,6 +34,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 
 from .clip_files import brief, find_clip
 from .errors import PatchSAEError
+from .progress import progress_bar
 
 
 class OpenClipTower:
@@ -317,10 +318,7 @@ def zero_shot_weights(
         raise PatchSAEError(f"template {bad[0]!r} has no place for the class name: add a {{}}.")
     step = max(1, batch_size // len(templates))
     starts, rows = range(0, len(classnames), step), []
-    if progress:
-        from tqdm.auto import tqdm
-
-        starts = tqdm(starts, desc=f"text vectors of {len(classnames)} classes")
+    starts = progress_bar(starts, desc=f"text vectors of {len(classnames)} classes", shown=progress)
     with torch.no_grad():
         for start in starts:
             names = classnames[start : start + step]

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
 
 from .errors import PatchSAEError
+from .progress import progress_bar
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 
@@ -68,9 +68,7 @@ class ImageSet(ABC):
         """Iterate over the set (or `indices`) in order; `progress` names a tqdm bar."""
         order = np.arange(len(self)) if indices is None else np.asarray(indices)
         starts = range(0, len(order), batch_size)
-        # left unset where a bar is wanted, so that TQDM_DISABLE=1 can still silence it
-        quiet = {"disable": True} if progress is None else {}
-        for start in tqdm(starts, desc=progress, unit="batch", **quiet):
+        for start in progress_bar(starts, desc=progress, unit="batch", shown=progress is not None):
             yield self.load(order[start : start + batch_size])
 
     def subset(self, indices: Sequence[int], split: str | None = None) -> Subset:

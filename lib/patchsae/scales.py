@@ -112,8 +112,8 @@ def scale(name: str) -> Scale:
     if name == "embedded":
         return Scale(
             "embedded", str(project_root() / "artefacts" / "small_clip"), None, block=11,
-            expansion=16, l1=4e-4, templates=None, sets=_embedded_sets,
-            train=TrainConfig(images=24_000, token_batch=2048, warmup_steps=100, lr=5e-3),
+            expansion=16, l1=3e-4, templates=None, sets=_embedded_sets,
+            train=TrainConfig(images=20_000, token_batch=2048, warmup_steps=100, lr=5e-3),
         )  # fmt: skip
     if name == "paper":
         return Scale(

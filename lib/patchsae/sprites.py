@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from tqdm.auto import tqdm
 
 from .errors import PatchSAEError
 from .images import short_hash
@@ -202,9 +201,7 @@ def sprites(codes: Sequence[str], progress: bool = True) -> np.ndarray:
     """
 
     def make() -> np.ndarray:
-        bar = tqdm(
-            codes, desc="drawing pictograms", unit="concept", **({} if progress else {"disable": True})
-        )
+        bar = progress_bar(codes, desc="drawing pictograms", unit="concept", shown=progress)
         rows = [[draw(code, style) for style in STYLES] for code in bar]
         return np.stack([np.stack(row) for row in rows], 1)
 

@@ -22,11 +22,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .backbone import Backbone
 from .errors import PatchSAEError
 from .images import ImageSet
+from .progress import progress_bar
 from .sae import SAE, SAEConfig, geometric_median
 from .stage import Stage, write_atomic
 
@@ -217,13 +217,13 @@ class _Run:
     def go(self, progress: bool) -> None:
         if (self.folder / CHECKPOINT).exists():
             self._restore()
-        bar = tqdm(
+        bar = progress_bar(
             total=self.config.images,
             initial=self.images_seen,
             desc="training the SAE",
             unit="image",
             mininterval=1.0,
-            **({} if progress else {"disable": True}),
+            shown=progress,
         )
         for number in range(self.chunk, self.chunks):
             chunk = token_chunk(self.images, self.backbone, self.config, number)
