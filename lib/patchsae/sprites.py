@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .errors import PatchSAEError
 from .images import short_hash
+from .progress import progress_bar
 from .stage import file_digest, write_atomic
 
 STYLES = ("openmoji", "twemoji", "sketch")
