@@ -18,7 +18,9 @@ NOTEBOOKS = sorted((project_root() / "notebooks").glob("*.ipynb"))
 def text_of(notebook: Path) -> str:
     """Join everything the cells printed or displayed as text."""
     outputs = [out for cell in nbformat.read(notebook, 4).cells for out in cell.get("outputs", ())]
-    return "\n".join(out.get("text", "") or out.get("data", {}).get("text/plain", "") for out in outputs)
+    data = [out.get("data", {}) for out in outputs]
+    shown = [d.get("text/markdown") or d.get("text/plain", "") for d in data]
+    return "\n".join([out.get("text", "") for out in outputs] + shown)
 
 
 def figures_of(notebook: Path) -> int:
@@ -46,7 +48,7 @@ def test_training_and_statistics_at_the_embedded_scale(tmp_path):
     )  # fmt: skip
     shown = text_of(first)
     assert "512 latents on 128 dimensions, 201,728 tokens seen" in shown
-    kept = re.search(r"All concepts: ([\d.]+) % .* ([\d.]+) % through the SAE", " ".join(shown.split()))
+    kept = re.search(r"All concepts\*\*: ([\d.]+) % .* ([\d.]+) % through the SAE", " ".join(shown.split()))
     assert 0 <= float(kept[2]) <= 100 and float(kept[1]) > 10
     assert figures_of(first) == 3
     second = tmp_path / "02.ipynb"
