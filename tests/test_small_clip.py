@@ -62,7 +62,7 @@ def test_rescaling_the_stream_keeps_the_function(model):
 
 
 def test_a_stopped_run_is_resumed_to_the_same_weights(tmp_path, monkeypatch):
-    whole = training.train(TINY, tmp_path / "whole", "cpu", None)
+    whole = training.train(TINY, tmp_path / "whole", "cpu", None, evaluations=0)
     calls, real = [], training.render
 
     def stop_at_the_fourth(*args, **kwargs):
@@ -73,9 +73,9 @@ def test_a_stopped_run_is_resumed_to_the_same_weights(tmp_path, monkeypatch):
 
     monkeypatch.setattr(training, "render", stop_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
-        training.train(TINY, tmp_path / "cut", "cpu", None, every=0)
+        training.train(TINY, tmp_path / "cut", "cpu", None, every=0, evaluations=0)
     monkeypatch.setattr(training, "render", real)
-    resumed = training.train(TINY, tmp_path / "cut", "cpu", None)
+    resumed = training.train(TINY, tmp_path / "cut", "cpu", None, evaluations=0)
     assert len(calls) == 4
     for name, weight in whole.state_dict().items():
         assert torch.equal(weight, resumed.state_dict()[name]), name

@@ -258,8 +258,18 @@ def export(clip: CLIP, path: Path) -> None:
     write_atomic(path, lambda temporary: save_file(weights, str(temporary)))
 
 
-def train(recipe: Recipe, run: Path, device: str, minutes: float | None, every: float = 120.0) -> CLIP:
-    """Train to the end of the last phase, or for `minutes`, leaving checkpoint and curve in `run`."""
+def train(
+    recipe: Recipe,
+    run: Path,
+    device: str,
+    minutes: float | None,
+    every: float = 120.0,
+    evaluations: int = 12,
+) -> CLIP:
+    """Train to the end of the last phase, or for `minutes`, leaving checkpoint and curve in `run`.
+
+    A checkpoint is written `every` so many seconds, and accuracy measured `evaluations` times.
+    """
     torch.manual_seed(recipe.seed)
     clip, tokenizer, normal = build()
     smooth_positions(clip)
@@ -318,7 +328,7 @@ def train(recipe: Recipe, run: Path, device: str, minutes: float | None, every: 
             opt.zero_grad(set_to_none=True)
         clip.logit_scale.data.clamp_(0, np.log(100))
         seen += recipe.batch
-        if seen // recipe.batch % 10 == 0:
+        if seen // recipe.batch % 10 == 0 or not recent:
             recent.append((contrastive.item(), concept.item(), correct.item()))
         if seen // recipe.batch % 40 == 0:
             mean = np.mean(recent[-4:], 0)
@@ -330,7 +340,7 @@ def train(recipe: Recipe, run: Path, device: str, minutes: float | None, every: 
         if time.time() - saved_at > every:
             saved_at = time.time()
             keep_state()
-        if seen - evaluated >= total // 12:
+        if evaluations and seen - evaluated >= total // evaluations:
             evaluated = seen
             rows.append(curve_row(clip, tokenizer, normal, seen, time.time() - start, recent))
             print(f"  {seen:,}: " + json.dumps(rows[-1]), flush=True)

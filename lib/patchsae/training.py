@@ -230,7 +230,7 @@ class _Run:
             if number == 0:
                 sample = chunk.x[: self.config.bias_tokens]
                 self.sae.b_dec.data = initial_bias(sample, self.config.b_dec_init)
-            self._learn(chunk)
+            self._learn(chunk, last=number + 1 == self.chunks)
             self.chunk, self.images_seen = number + 1, self.images_seen + chunk.images
             bar.update(chunk.images)
             if self.metrics:
@@ -240,7 +240,7 @@ class _Run:
                 self._save()
         bar.close()
 
-    def _learn(self, chunk: TokenChunk) -> None:
+    def _learn(self, chunk: TokenChunk, last: bool) -> None:
         config, started, done = self.config, time.perf_counter(), 0
         for x, is_cls in self._batches(chunk):
             rate = config.lr * min(1.0, (self.step + 1) / max(1, config.warmup_steps))
@@ -256,7 +256,7 @@ class _Run:
             fired = (out.latents > 0).any(0)
             self.silent = torch.where(fired, 0, self.silent + 1)
             self.step, self.tokens_seen, done = self.step + 1, self.tokens_seen + len(x), done + len(x)
-            if self.step % config.log_every == 0:
+            if self.step % config.log_every == 0 or (last and done == len(chunk.x)):
                 speed = done / (time.perf_counter() - started)
                 self.metrics.append(self._row(x, out, dead, rate, speed))
 
