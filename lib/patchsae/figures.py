@@ -49,6 +49,7 @@ def image_row(images: Sequence[np.ndarray], titles: Sequence[str], columns: int 
     )
     for axis in axes.flat:
         axis.axis("off")
+    # not strict: the last row may have places left over
     for axis, image, title in zip(axes.flat, images, titles, strict=False):
         axis.imshow(image)
         axis.set_title(title, fontsize=7)
@@ -95,6 +96,7 @@ def reference_images(rows: Mapping[str, tuple[Sequence[np.ndarray], Sequence[str
         axes = line.subplots(1, columns, squeeze=False)[0]
         for axis in axes:
             axis.axis("off")
+        # not strict: a rare latent may have fewer references than the others
         for axis, image, label in zip(axes, images, labels, strict=False):
             axis.imshow(image)
             axis.text(0.5, -0.04, label, transform=axis.transAxes, ha="center", va="top", fontsize=6)
