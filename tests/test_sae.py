@@ -16,6 +16,12 @@ def random_sae(d_in=16, expansion=4, **config) -> SAE:
     return SAE(SAEConfig(d_in=d_in, expansion=expansion, **config), seed=3)
 
 
+def per_latent(golden, name: str) -> torch.Tensor:
+    """Read an array; the released code keeps the encoder's latents in columns, we in rows."""
+    value = torch.from_numpy(golden[name])
+    return value.T.contiguous() if name.endswith("W_enc") else value
+
+
 @pytest.mark.parametrize("name", ["sae_step_a", "sae_step_b"])
 def test_losses_and_gradients_equal_the_released_code(name):
     golden = np.load(GOLDEN / f"{name}.npz", allow_pickle=False)
@@ -23,7 +29,7 @@ def test_losses_and_gradients_equal_the_released_code(name):
     d_sae, d_in = golden["W_dec"].shape
     sae = SAE(SAEConfig(d_in, d_sae // d_in, l1=float(golden["l1_coefficient"])))
     for parameter in ("W_enc", "b_enc", "W_dec", "b_dec"):
-        getattr(sae, parameter).data = torch.from_numpy(golden[parameter])
+        getattr(sae, parameter).data = per_latent(golden, parameter)
     out = sae.losses(x, dead=torch.from_numpy(golden["dead"]))
     out.total.backward()
     for value, key in (
@@ -39,7 +45,7 @@ def test_losses_and_gradients_equal_the_released_code(name):
     assert (sae.W_dec.grad - before).norm() <= 1e-4 * before.norm()
     sae.project_decoder_gradient()
     for parameter in ("W_enc", "b_enc", "W_dec", "b_dec"):
-        expected = torch.from_numpy(golden[f"grad_{parameter}"])
+        expected = per_latent(golden, f"grad_{parameter}")
         difference = getattr(sae, parameter).grad - expected
         assert difference.norm() <= 1e-4 * expected.norm(), parameter
 
@@ -47,7 +53,7 @@ def test_losses_and_gradients_equal_the_released_code(name):
 def test_squared_error_is_equation_2():
     sae, x = random_sae(loss="squared_error", l1=0.3), torch.randn(7, 16)
     out = sae.losses(x)
-    f = ((x - sae.b_dec) @ sae.W_enc + sae.b_enc).clamp(min=0)
+    f = ((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc).clamp(min=0)
     x_hat = f @ sae.W_dec + sae.b_dec
     expected = ((x_hat - x) ** 2).sum(1).mean() + 0.3 * f.abs().sum(1).mean()
     assert out.total.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -64,7 +70,7 @@ def test_ghost_reaches_only_dead_latents_and_stays_finite():
     assert torch.isfinite(out.ghost)
     assert out.ghost.item() == pytest.approx(out.reconstruction.item(), rel=1e-3)
     alive = ~dead
-    assert sae.W_enc.grad[:, alive].abs().max() == 0 and sae.W_enc.grad[:, dead].abs().max() > 0
+    assert sae.W_enc.grad[alive].abs().max() == 0 and sae.W_enc.grad[dead].abs().max() > 0
     assert sae.W_dec.grad[alive].abs().max() == 0 and sae.W_dec.grad[dead].abs().max() > 0
     assert torch.isfinite(sae.W_enc.grad).all()
 

@@ -27,14 +27,35 @@ class Loss(StrEnum):
     SQUARED_ERROR = "squared_error"  # ‖x̂ - x‖²: Eq. 2 as printed
 
 
+class Activation(StrEnum):
+    """Which pre-activations survive as latents; all of them are non-negative."""
+
+    RELU = "relu"  # the positive ones: the paper
+    TOPK = "topk"  # the k largest of each token
+    BATCHTOPK = "batchtopk"  # the k·N largest of a training batch, those above a fixed threshold afterwards
+    JUMPRELU = "jumprelu"  # those above a threshold of the latent's own; for imported weights
+
+
+class InputNorm(StrEnum):
+    """What is done to a token before the encoder and undone after the decoder; for imported weights."""
+
+    NONE = "none"
+    LAYER_NORM = "layer_norm"  # mean 0 and standard deviation 1 over dimensions
+    UNIT_RMS = "unit_rms"  # length √d_in
+
+
 @dataclass(frozen=True)
 class SAEConfig:
     """Size and objective of a sparse autoencoder."""
 
     d_in: int
     """Width of the residual stream."""
-    expansion: int = 64
+    expansion: float = 64
     """Latents per input dimension: d_sae = expansion · d_in."""
+    activation: Activation = Activation.RELU
+    """Which pre-activations become latents."""
+    k: int = 0
+    """Active latents per token, for topk and batchtopk."""
     loss: Loss = Loss.MSE_OVER_NORM
     """Reconstruction term."""
     l1: float = 8e-5
@@ -43,21 +64,30 @@ class SAEConfig:
     """Whether dead latents get ghost gradients."""
     cls_weight: float = 1.0
     """Weight of the CLS token's reconstruction error against a patch's."""
+    subtract_b_dec: bool = True
+    """Whether the encoder sees x - b_dec (the paper, footnote 2) or x."""
+    input_norm: InputNorm = InputNorm.NONE
+    """How tokens are normalised before the encoder."""
 
     def __post_init__(self):
-        try:
-            object.__setattr__(self, "loss", Loss(self.loss))
-        except ValueError:
-            raise PatchSAEError(
-                f"loss='{self.loss}' is unknown; choose one of {', '.join(Loss)}."
-            ) from None
-        for name, least in (("d_in", 1), ("expansion", 1), ("l1", 0.0), ("cls_weight", 0.0)):
+        for name, kind in (("loss", Loss), ("activation", Activation), ("input_norm", InputNorm)):
+            try:
+                object.__setattr__(self, name, kind(getattr(self, name)))
+            except ValueError:
+                raise PatchSAEError(
+                    f"{name}='{getattr(self, name)}' is unknown; choose one of {', '.join(kind)}."
+                ) from None
+        for name, least in (("d_in", 1), ("expansion", 1e-9), ("l1", 0.0), ("cls_weight", 0.0)):
             if not getattr(self, name) >= least:
                 raise PatchSAEError(f"{name}={getattr(self, name)} must be at least {least}.")
+        if self.activation in (Activation.TOPK, Activation.BATCHTOPK) and not 1 <= self.k <= self.d_sae:
+            raise PatchSAEError(
+                f"activation='{self.activation}' needs k between 1 and {self.d_sae} latents; got k={self.k}."
+            )
 
     @property
     def d_sae(self) -> int:
-        return self.expansion * self.d_in
+        return round(self.expansion * self.d_in)
 
 
 class Losses(NamedTuple):
@@ -76,9 +106,12 @@ class SAE(nn.Module):
 
     For a token x ∈ R^d (Eq. 1 with biases, footnote 2):
 
-        z = (x - b_dec) W_enc + b_enc          pre-activation       [d_sae]
+        z = W_enc (x - b_dec) + b_enc          pre-activation       [d_sae]
         f = relu(z)                            latents              [d_sae]
         x̂ = f W_dec + b_dec                    reconstruction       [d_in]
+
+    Both weight matrices have one row per latent, so that what a latent reads and what it writes are each
+    contiguous in memory. TopK and BatchTopK keep the largest entries of relu(z) only.
 
     Objective (Eq. 2; the released code's scaling is the default, facts.md §4.1), averaged over tokens:
 
@@ -104,9 +137,12 @@ class SAE(nn.Module):
         rows = torch.randn(config.d_sae, config.d_in, generator=draw)
         rows = F.normalize(rows, dim=-1)
         self.W_dec = nn.Parameter(rows)  # [d_sae, d_in]
-        self.W_enc = nn.Parameter(rows.T.clone())  # [d_in, d_sae]; tied at the start only
+        self.W_enc = nn.Parameter(rows.clone())  # [d_sae, d_in]; tied at the start only
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
         self.b_dec = nn.Parameter(torch.zeros(config.d_in))
+        thresholds = {Activation.BATCHTOPK: 1, Activation.JUMPRELU: config.d_sae}
+        if config.activation in thresholds:
+            self.register_buffer("threshold", torch.zeros(thresholds[config.activation]))
 
     @property
     def d_in(self) -> int:
@@ -123,18 +159,51 @@ class SAE(nn.Module):
                 f"tokens have width {x.shape[-1]} but this SAE was trained on width {self.d_in}; "
                 f"use the backbone and block it was trained on."
             )
-        return (x - self.b_dec) @ self.W_enc + self.b_enc
+        x = self._normalise(x)[0]
+        if self.config.subtract_b_dec:
+            x = x - self.b_dec
+        return F.linear(x, self.W_enc, self.b_enc)
+
+    def activate(self, z: Tensor, batch: bool = False) -> Tensor:
+        """Compute the latents f from z [..., d_sae]; `batch` lets BatchTopK choose within this batch."""
+        f, kind = z.relu(), self.config.activation
+        if kind is Activation.TOPK:
+            best = f.topk(self.config.k, dim=-1)
+            return torch.zeros_like(f).scatter(-1, best.indices, best.values)
+        if kind is Activation.BATCHTOPK and batch:
+            kept = f.flatten().topk(self.config.k * (f.numel() // self.d_sae)).values
+            return f * (f >= kept[-1])
+        return f * (z > self.threshold) if hasattr(self, "threshold") else f
 
     def encode(self, x: Tensor) -> Tensor:
         """Compute the latents f: [..., d_in] to [..., d_sae], non-negative."""
-        return self.pre_activations(x).relu()
+        return self.activate(self.pre_activations(x))
 
-    def decode(self, f: Tensor) -> Tensor:
-        """Compute the reconstruction x̂: [..., d_sae] to [..., d_in]."""
-        return f @ self.W_dec + self.b_dec
+    def decode(self, f: Tensor, x: Tensor | None = None) -> Tensor:
+        """Compute the reconstruction x̂: [..., d_sae] to [..., d_in].
+
+        `x` are the tokens that f came from; an SAE with an `input_norm` needs them to undo it.
+        """
+        x_hat = f @ self.W_dec + self.b_dec
+        if self.config.input_norm is InputNorm.NONE:
+            return x_hat
+        if x is None:
+            raise PatchSAEError(
+                f"this SAE has input_norm='{self.config.input_norm}': decode(f, x) needs the tokens too."
+            )
+        _, mean, scale = self._normalise(x)
+        return x_hat * scale + mean
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.decode(self.encode(x))
+        return self.decode(self.encode(x), x)
+
+    def _normalise(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
+        if self.config.input_norm is InputNorm.NONE:
+            return x, 0.0, 1.0
+        layer = self.config.input_norm is InputNorm.LAYER_NORM
+        mean = x.mean(-1, keepdim=True) if layer else 0.0
+        scale = (x - mean).square().mean(-1, keepdim=True).sqrt() + 1e-5
+        return (x - mean) / scale, mean, scale
 
     def losses(self, x: Tensor, dead: Tensor | None = None, is_cls: Tensor | None = None) -> Losses:
         """Compute the training objective on tokens.
@@ -146,8 +215,8 @@ class SAE(nn.Module):
         is_cls : bool [N], tokens weighted by `cls_weight`
         """
         z = self.pre_activations(x)  # [N, d_sae]
-        f = z.relu()
-        x_hat = self.decode(f)  # [N, d_in]
+        f = self.activate(z, batch=True)
+        x_hat = self.decode(f, x)  # [N, d_in]
         error = self._error(x_hat, x)  # [N, d_in]
         if is_cls is not None:
             error = error * torch.where(is_cls, self.config.cls_weight, 1.0)[:, None]
@@ -178,6 +247,13 @@ class SAE(nn.Module):
         return self._average(term * (error / (term + 1e-6)).detach())
 
     @torch.no_grad()
+    def track_threshold(self, f: Tensor, rate: float = 0.01) -> None:
+        """Move BatchTopK's threshold towards the least latent kept in a training batch (facts.md §7)."""
+        if self.config.activation is Activation.BATCHTOPK and (f > 0).any():
+            least = f[f > 0].min()
+            self.threshold += (rate if self.threshold > 0 else 1.0) * (least - self.threshold)
+
+    @torch.no_grad()
     def project_decoder_gradient(self) -> None:
         """Remove from the gradient of each decoder row its component along the row."""
         if self.W_dec.grad is not None:
@@ -192,7 +268,7 @@ class SAE(nn.Module):
     def save(self, folder: str | Path) -> Path:
         """Write weights (safetensors) and configuration (json) into `folder`, each atomically."""
         folder = Path(folder)
-        weights = {name: p.detach().cpu().contiguous() for name, p in self.named_parameters()}
+        weights = {name: w.cpu().contiguous() for name, w in self.state_dict().items()}
         write_json(folder / CONFIG, asdict(self.config))
         write_atomic(folder / WEIGHTS, lambda temporary: save_file(weights, temporary))
         return folder
@@ -225,13 +301,24 @@ class SAE(nn.Module):
                 f"{', '.join(sorted(known ^ set(values)))}; train the SAE again."
             )
         sae = cls(SAEConfig(**values)).to(device)
-        expected = {name: tuple(p.shape) for name, p in sae.named_parameters()}
+        expected = {name: tuple(w.shape) for name, w in sae.state_dict().items()}
         if (found := {name: tuple(w.shape) for name, w in weights.items()}) != expected:
             raise PatchSAEError(
                 f"'{folder / WEIGHTS}' has tensors {found}, not {expected}; train the SAE again."
             )
         sae.load_state_dict(weights)
         return sae
+
+
+def geometric_median_images(tokens: Tensor) -> Tensor:
+    """Find the released code's start of b_dec for tokens [I, T, d]: images, not tokens, are the points.
+
+    The geometric median of the images as vectors of length T·d is a token per position; their mean is
+    returned, [d] (facts.md §4.3).
+    """
+    if tokens.ndim != 3:
+        raise PatchSAEError(f"tokens must be [I, T, d]; got shape {tuple(tokens.shape)}.")
+    return geometric_median(tokens.flatten(1), tolerance=1e-20).view(tokens.shape[1:]).mean(0)
 
 
 def geometric_median(points: Tensor, iterations: int = 100, tolerance: float = 1e-7) -> Tensor:
