@@ -217,9 +217,7 @@ class SAE(nn.Module):
         z = self.pre_activations(x)  # [N, d_sae]
         f = self.activate(z, batch=True)
         x_hat = self.decode(f, x)  # [N, d_in]
-        error = self._error(x_hat, x)  # [N, d_in]
-        if is_cls is not None:
-            error = error * torch.where(is_cls, self.config.cls_weight, 1.0)[:, None]
+        error = self.weighted_error(x_hat, x, is_cls)  # [N, d_in]
         reconstruction = self._average(error)
         l1 = self.config.l1 * f.sum(-1).mean()
         ghost = x.new_zeros(())
@@ -227,11 +225,19 @@ class SAE(nn.Module):
             ghost = self._ghost(x - x_hat, z[:, dead], error, self.W_dec[dead])
         return Losses(reconstruction + l1 + ghost, reconstruction, l1, ghost, f, x_hat)
 
-    def _error(self, x_hat: Tensor, x: Tensor) -> Tensor:
+    def error(self, x_hat: Tensor, x: Tensor) -> Tensor:
+        """Compute R before any mean: [N, d_in]."""
         square = (x_hat - x).square()
         if self.config.loss is Loss.SQUARED_ERROR:
             return square
         return square / x.norm(dim=-1, keepdim=True).clamp(min=1e-8)
+
+    def weighted_error(self, x_hat: Tensor, x: Tensor, is_cls: Tensor | None = None) -> Tensor:
+        """Compute R before any mean, CLS tokens weighted: [N, d_in]."""
+        error = self.error(x_hat, x)
+        if is_cls is None or self.config.cls_weight == 1:
+            return error
+        return error * torch.where(is_cls, self.config.cls_weight, 1.0)[:, None]
 
     def _average(self, error: Tensor) -> Tensor:
         # Eq. 2 sums over dimensions, the released code averages over them; both average over tokens
@@ -243,7 +249,7 @@ class SAE(nn.Module):
         g = (z_dead - z_dead.detach().amax(-1, keepdim=True)).exp() @ rows  # [N, d_in]
         length = residual.norm(dim=-1, keepdim=True)
         g = g * (length / (2 * g.norm(dim=-1, keepdim=True) + 1e-6)).detach()
-        term = self._error(g, residual)
+        term = self.error(g, residual)
         return self._average(term * (error / (term + 1e-6)).detach())
 
     @torch.no_grad()
