@@ -32,7 +32,7 @@ class Activation(StrEnum):
 
     RELU = "relu"  # the positive ones: the paper
     TOPK = "topk"  # the k largest of each token
-    BATCHTOPK = "batchtopk"  # the k·N largest of a training batch, those above a fixed threshold afterwards
+    BATCHTOPK = "batchtopk"  # the k·N largest of a training batch; above a fixed threshold afterwards
     JUMPRELU = "jumprelu"  # those above a threshold of the latent's own; for imported weights
 
 
@@ -82,7 +82,7 @@ class SAEConfig:
                 raise PatchSAEError(f"{name}={getattr(self, name)} must be at least {least}.")
         if self.activation in (Activation.TOPK, Activation.BATCHTOPK) and not 1 <= self.k <= self.d_sae:
             raise PatchSAEError(
-                f"activation='{self.activation}' needs k between 1 and {self.d_sae} latents; got k={self.k}."
+                f"activation='{self.activation}' needs k from 1 to {self.d_sae} latents; got k={self.k}."
             )
 
     @property

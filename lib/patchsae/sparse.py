@@ -16,7 +16,9 @@ from .errors import PatchSAEError
 from .sae import SAE, Activation, InputNorm, Loss
 from .sparse_cpu import Slopes, array
 
-CROSSOVER = 0.12  # share of active latents above which the dense step is faster, by benchmarks/
+# Shares of active latents, by benchmarks/: above the first the dense step is faster, above the second
+# computing the candidates again costs more than bf16 saves.
+CROSSOVER, BF16_CROSSOVER = 0.15, 0.08
 
 
 class Execution(StrEnum):
@@ -143,6 +145,7 @@ class Stepper:
     def _forward(self, x: Tensor, dead: Tensor | None, is_cls: Tensor | None) -> tuple[Step, Slopes]:
         sae, config, n = self.sae, self.sae.config, len(x)
         bf16 = self.execution is not Execution.SPARSE_F32 and cpu.has_bf16_units()
+        bf16 = bf16 and self.density.item() < BF16_CROSSOVER
         tokens = x.contiguous().numpy()
         W_enc, b_enc, W_dec, b_dec = (array(p) for p in self._parameters())
         shift = b_dec if config.subtract_b_dec else np.zeros_like(b_dec)
