@@ -202,8 +202,9 @@ class SAE(nn.Module):
             return x, 0.0, 1.0
         layer = self.config.input_norm is InputNorm.LAYER_NORM
         mean = x.mean(-1, keepdim=True) if layer else 0.0
-        scale = (x - mean).square().mean(-1, keepdim=True).sqrt() + 1e-5
-        return (x - mean) / scale, mean, scale
+        scale = (x - mean).square().mean(-1, keepdim=True).sqrt()
+        # SAELens and Prisma add the epsilon on the way in alone
+        return (x - mean) / (scale + 1e-5 if layer else scale.clamp(min=1e-12)), mean, scale
 
     def losses(self, x: Tensor, dead: Tensor | None = None, is_cls: Tensor | None = None) -> Losses:
         """Compute the training objective on tokens.
