@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH := torch==2.13.0
+# The peers resolve beside our pins, but pandas stores strings with pyarrow and open_clip imports transformers
+# wherever these are installed: in .venv they would change what the book runs on.
+BENCH := .bench-venv
 
 # Big tensors otherwise go back to the system at every step, and page faults slow training 1.5-2x.
 export GLIBC_TUNABLES ?= glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296:glibc.malloc.hugetlb=1
@@ -24,8 +27,8 @@ test: $(INSTALLED) ## Run every test; the browser tests use /usr/bin/chromium wh
 lab: $(INSTALLED) ## Open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
-bench: $(INSTALLED) ## Measure against the peers and write benchmarks/results.json
-	$(BIN)/python benchmarks/run.py
+bench: $(BENCH)/.installed ## Install the peers in .bench-venv, measure, write benchmarks/results.json
+	$(BENCH)/bin/python benchmarks/run.py
 
 clip: $(INSTALLED) ## Train the small CLIP of artefacts/small_clip again, or go on where it stopped
 	$(BIN)/python artefacts/small_clip/train.py
@@ -40,12 +43,25 @@ lock: ## Resolve the newest indirect dependencies and write requirements.lock
 	.lock-venv/bin/pip freeze --exclude-editable | sed 's/+cpu$$//' \
 	  | grep -viE '^(nvidia|cuda|triton|setuptools)' > .lock-venv/lock
 	mv .lock-venv/lock requirements.lock
+	@# The peers bring what the book does not have: a list of its own, on top of the first.
+	.lock-venv/bin/pip install --quiet -c requirements.lock -e '.[bench]'
+	.lock-venv/bin/pip check
+	.lock-venv/bin/pip freeze --exclude-editable | sed 's/+cpu$$//' \
+	  | grep -viE '^(nvidia|cuda|triton|setuptools)' | grep -vxFf requirements.lock > .lock-venv/lock
+	mv .lock-venv/lock benchmarks/requirements.lock
 	rm -rf .lock-venv
 
 clean: ## Remove everything made here, the environment and all results included
-	rm -rf $(VENV) .lock-venv _build results book/notebooks book/_static/vendor
+	rm -rf $(VENV) .lock-venv $(BENCH) _build results book/notebooks book/_static/vendor
 	rm -rf .pytest_cache .ruff_cache .hypothesis lib/*.egg-info
 	find lib tests book benchmarks artefacts -name __pycache__ -prune -exec rm -rf {} +
+
+$(BENCH)/.installed: pyproject.toml requirements.lock benchmarks/requirements.lock
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/pip install --quiet $(TORCH)
+	$(BENCH)/bin/pip install --quiet -c requirements.lock -c benchmarks/requirements.lock -e '.[bench]'
+	$(BENCH)/bin/pip check
+	@touch $@
 
 # torch goes first and alone: the version asked for by name is the one taken, on a CPU or a GPU machine.
 $(INSTALLED): pyproject.toml requirements.lock
