@@ -226,7 +226,7 @@ def can_be_sparse(sae: SAE, x: Tensor) -> bool:
 
 @torch.no_grad()
 def ghost_gradients(
-    sae: SAE, x: Tensor, x_hat: Tensor, dead: Tensor, is_cls: Tensor | None, tile: int = 256
+    sae: SAE, x: Tensor, x_hat: Tensor, dead: Tensor, is_cls: Tensor | None, tile: int = 512
 ) -> tuple[float, cpu.Ghost]:
     """Compute the ghost term (`SAE`, facts.md §4.2) and its gradients for the dead latents alone.
 

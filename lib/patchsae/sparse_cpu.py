@@ -25,7 +25,7 @@ from . import sparse_kernels as kernels
 from .sparse_kernels import BETA1, BETA2
 
 BLOCK = 512  # latents per encoder product: rows, product and lists stay in the second-level cache
-ROWS = 128  # latents or tokens per range in the other kernels
+ROWS = 256  # latents or tokens per range in the other kernels
 
 
 class Lists(NamedTuple):
