@@ -5,16 +5,17 @@ from __future__ import annotations
 import time
 from contextlib import contextmanager
 from enum import StrEnum
+from types import ModuleType
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, distributed
 
 from . import sparse_cpu as cpu
 from .errors import PatchSAEError
-from .sae import SAE, Activation, InputNorm, Loss
-from .sparse_cpu import Slopes, array
+from .sae import SAE, Activation, InputNorm
+from .sparse_ghost import GhostRows, Pass, ghost_gradients
+from .sparse_kernels import BETA1, BETA2, EPS
 
 # Shares of active latents, by benchmarks/: above the first the dense step is faster, above the second
 # computing the candidates again costs more than bf16 saves.
@@ -85,8 +86,9 @@ class Stepper:
         for group in self.adam.param_groups:
             group["lr"] = lr
         if len(x) and self.group is None and self._pays(x):
-            step, slopes = self._forward(x, dead, is_cls)
-            self._update(slopes, lr)
+            step, done, ghost = self._forward(x, dead, is_cls)
+            with self._timed("update"):
+                self._update(done, ghost, lr)
         else:
             step = self._combine(self.backward(x, dead, is_cls), len(x))
             self.sae.project_decoder_gradient()
@@ -103,9 +105,10 @@ class Stepper:
             return Step(0.0, 0.0, 0.0, 0.0, fired, x)
         if not self._pays(x):
             return self._dense(x, dead, is_cls)
-        step, slopes = self._forward(x, dead, is_cls)
-        with self._timed("update"):
-            self._set_gradients(slopes)
+        step, done, ghost = self._forward(x, dead, is_cls)
+        with self._timed("update"), torch.no_grad():
+            for name, grad in self._kernels().gradients(self.sae, done, ghost).items():
+                getattr(self.sae, name).grad = grad
         return step
 
     def state(self) -> dict[str, Tensor]:
@@ -142,55 +145,45 @@ class Stepper:
         terms = (value.item() for value in (out.reconstruction, out.l1, out.ghost))
         return Step(*terms, active.sum().item() / len(x), active.any(0), out.output.detach())
 
-    def _forward(self, x: Tensor, dead: Tensor | None, is_cls: Tensor | None) -> tuple[Step, Slopes]:
-        sae, config, n = self.sae, self.sae.config, len(x)
-        bf16 = self.execution is not Execution.SPARSE_F32 and cpu.has_bf16_units()
-        bf16 = bf16 and self.density.item() < BF16_CROSSOVER
-        tokens = x.contiguous().numpy()
-        W_enc, b_enc, W_dec, b_dec = (array(p) for p in self._parameters())
-        shift = b_dec if config.subtract_b_dec else np.zeros_like(b_dec)
-        with self._timed("candidates"):
-            lists, centred, product = cpu.active(tokens, W_enc, b_enc, shift, bf16)
-        self._count("encoder", product)
-        self._count("candidates", -product)
-        with self._timed("decode"):
-            x_hat = cpu.decode(cpu.by_token(lists, n), W_dec, b_dec)
-            weight = np.empty(0, np.float32)
-            if is_cls is not None and config.cls_weight != 1:
-                weight = torch.where(is_cls, config.cls_weight, 1.0).numpy()
-            loss, slope = cpu.slopes(tokens, x_hat, weight, config.loss is Loss.MSE_OVER_NORM)
-        output, ghost, ghost_loss = torch.from_numpy(x_hat), cpu.no_ghost(sae.d_in), 0.0
+    def _forward(
+        self, x: Tensor, dead: Tensor | None, is_cls: Tensor | None
+    ) -> tuple[Step, Pass, GhostRows | None]:
+        sae, config = self.sae, self.sae.config
+        bf16 = self.execution is not Execution.SPARSE_F32 and self.density.item() < BF16_CROSSOVER
+        weight = None
+        if is_cls is not None and config.cls_weight != 1:
+            weight = torch.where(is_cls, config.cls_weight, 1.0)
+        with torch.no_grad():
+            done = self._kernels().forward(sae, x.contiguous(), weight, bf16, self._count)
+        ghost, ghost_loss = None, 0.0
         if config.ghost and dead is not None and bool(dead.any()):
             with self._timed("ghost"):
-                ghost_loss, ghost = ghost_gradients(sae, x, output, dead, is_cls)
-        l0, l1 = len(lists.value) / n, config.l1 * float(lists.value.sum(dtype=np.float64)) / n
-        fired = torch.from_numpy(np.diff(lists.start) > 0)
-        step = Step(loss, l1, ghost_loss, l0, fired, output)
-        return step, Slopes(lists, centred, slope, config.l1 / n, ghost)
+                ghost_loss, ghost = ghost_gradients(sae, x, done.output, dead, is_cls)
+        l1 = config.l1 * done.total / len(x)
+        step = Step(done.loss, l1, ghost_loss, done.active / len(x), done.fired, done.output)
+        return step, done, ghost
 
-    def _set_gradients(self, slopes: Slopes) -> None:
-        W_enc, _, W_dec, _ = (array(p) for p in self._parameters())
-        enc, bias, dec = cpu.gradients(slopes, W_dec)
-        toward = slopes.slope.sum(0) - (bias @ W_enc if self.sae.config.subtract_b_dec else 0)
-        for p, grad in zip(self._parameters(), (enc, bias, dec, toward), strict=True):
-            p.grad = torch.from_numpy(grad)
+    @torch.no_grad()
+    def _update(self, done: Pass, ghost: GhostRows | None, lr: float) -> None:
+        states = {name: self.adam.state[p] for name, p in self.sae.named_parameters()}
+        count = int(states["b_dec"]["step"]) + 1
+        for state in states.values():
+            state["step"].fill_(count)
+        moments = {name: (state["exp_avg"], state["exp_avg_sq"]) for name, state in states.items()}
+        grad = self._kernels().update(self.sae, done, ghost, moments, lr, count)
+        m, v = moments["b_dec"]
+        m.lerp_(grad, 1 - BETA1)
+        v.mul_(BETA2).addcmul_(grad, grad, value=1 - BETA2)
+        root = (v / (1 - BETA2**count)).sqrt() + EPS
+        self.sae.b_dec.addcdiv_(m, root, value=-lr / (1 - BETA1**count))
 
-    def _update(self, slopes: Slopes, lr: float) -> None:
-        with self._timed("update"):
-            states = [self.adam.state[p] for p in self._parameters()]
-            count = int(states[0]["step"]) + 1
-            for state in states:
-                state["step"].fill_(count)
-            moments = [(array(state["exp_avg"]), array(state["exp_avg_sq"])) for state in states]
-            *latents, b_dec = (
-                cpu.Adam(array(p), *pair) for p, pair in zip(self._parameters(), moments, strict=True)
-            )
-            pull = cpu.update(slopes, *latents, lr, count)
-            toward = slopes.slope.sum(0) - (pull if self.sae.config.subtract_b_dec else 0)
-            cpu.adam_row(b_dec, toward, lr, count)
+    def _kernels(self) -> ModuleType:
+        """Return the module with `forward`, `gradients` and `update` for the SAE's device."""
+        if self.sae.W_dec.device.type == "cpu":
+            return cpu
+        from . import sparse_gpu  # needs Triton, which comes with torch's CUDA build alone
 
-    def _parameters(self) -> tuple[Tensor, ...]:
-        return self.sae.W_enc, self.sae.b_enc, self.sae.W_dec, self.sae.b_dec
+        return sparse_gpu
 
     def _combine(self, step: Step, n: int) -> Step:
         """Average gradients and scalars over the group's tokens, and join what fired."""
@@ -221,41 +214,4 @@ def can_be_sparse(sae: SAE, x: Tensor) -> bool:
     """Tell whether sparse execution exists for this SAE and these tokens."""
     config = sae.config
     plain = config.activation is Activation.RELU and config.input_norm is InputNorm.NONE
-    return plain and x.device.type == "cpu" and x.dtype == sae.W_enc.dtype == torch.float32
-
-
-@torch.no_grad()
-def ghost_gradients(
-    sae: SAE, x: Tensor, x_hat: Tensor, dead: Tensor, is_cls: Tensor | None, tile: int = 512
-) -> tuple[float, cpu.Ghost]:
-    """Compute the ghost term (`SAE`, facts.md §4.2) and its gradients for the dead latents alone.
-
-    Dense in the dead latents by its nature, so it runs through tiles of tokens: no [tokens, dead] array.
-    """
-    rows = dead.nonzero().flatten()
-    index = torch.full((sae.d_sae,), -1, dtype=torch.int32)
-    index[rows] = torch.arange(len(rows), dtype=torch.int32)
-    enc, dec, bias = sae.W_enc[rows], sae.W_dec[rows], sae.b_enc[rows]  # [D, d], [D, d], [D]
-    for_enc, for_dec, for_bias = torch.zeros_like(enc), torch.zeros_like(dec), torch.zeros_like(bias)
-    total, over = 0.0, len(x) * (sae.d_in if sae.config.loss is Loss.MSE_OVER_NORM else 1)
-    centred = x - sae.b_dec if sae.config.subtract_b_dec else x
-    for t in range(0, len(x), tile):
-        part = slice(t, t + tile)
-        error = sae.weighted_error(x_hat[part], x[part], None if is_cls is None else is_cls[part])
-        r = x[part] - x_hat[part]
-        z = torch.addmm(bias, centred[part], enc.T)  # [T, D]
-        e = z.sub_(z.amax(-1, keepdim=True)).exp_()
-        g = e @ dec  # [T, d]
-        scale = r.norm(dim=-1, keepdim=True) / (2 * g.norm(dim=-1, keepdim=True) + 1e-6)
-        g *= scale
-        term = sae.error(g, r)
-        weight = error / (term + 1e-6)
-        total += (term * weight).sum().item() / over
-        slope = 2 * (g - r) * weight * scale / over
-        if sae.config.loss is Loss.MSE_OVER_NORM:
-            slope /= r.norm(dim=-1, keepdim=True).clamp(min=1e-8)
-        for_dec.addmm_(e.T, slope)
-        dz = e.mul_(slope @ dec.T)
-        for_enc.addmm_(dz.T, centred[part])
-        for_bias += dz.sum(0)
-    return total, cpu.Ghost(*(array(v) for v in (index, for_enc, for_bias, for_dec)))
+    return plain and x.device.type in ("cpu", "cuda") and x.dtype == sae.W_enc.dtype == torch.float32

@@ -12,7 +12,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import NamedTuple
@@ -22,7 +22,10 @@ import torch
 from torch import Tensor
 
 from . import sparse_kernels as kernels
-from .sparse_kernels import BETA1, BETA2
+from .sae import SAE, Loss
+from .sparse_ghost import GhostRows, Pass
+
+Moments = Mapping[str, tuple[Tensor, Tensor]]
 
 BLOCK = 512  # latents per encoder product: rows, product and lists stay in the second-level cache
 ROWS = 256  # latents or tokens per range in the other kernels
@@ -34,14 +37,6 @@ class Lists(NamedTuple):
     start: np.ndarray  # [rows + 1] int64
     index: np.ndarray  # [nnz] int32: token if latent-major, latent if token-major
     value: np.ndarray  # [nnz] float32
-
-
-class Adam(NamedTuple):
-    """One parameter with its moments, as arrays that share the tensors' memory."""
-
-    p: np.ndarray
-    m: np.ndarray
-    v: np.ndarray
 
 
 @cache
@@ -161,62 +156,83 @@ def slopes(
     return float(loss.mean(dtype=np.float64)), slope
 
 
-class Ghost(NamedTuple):
-    """Ghost gradients of the dead latents."""
-
-    index: np.ndarray  # [d_sae] int32: row below, or -1; empty if there are none
-    enc: np.ndarray  # [dead, d]
-    bias: np.ndarray  # [dead]
-    dec: np.ndarray  # [dead, d]
-
-
-def no_ghost(d: int) -> Ghost:
-    """Return the value that stands for 'no ghost gradients'."""
-    empty = np.empty((0, d), np.float32)
-    return Ghost(np.empty(0, np.int32), empty, np.empty(0, np.float32), empty)
-
-
 class Slopes(NamedTuple):
     """What the gradients are made of."""
 
     lists: Lists  # latent-major
     tokens: np.ndarray  # [N, d] what the encoder saw, x - b_dec
     slope: np.ndarray  # [N, d] gradient with respect to x̂
-    penalty: float  # λ / N
-    ghost: Ghost
 
 
-def gradients(slopes: Slopes, W_dec: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Compute the dense gradients of W_enc, b_enc and W_dec (component along the rows included)."""
+def forward(
+    sae: SAE, x: Tensor, weight: Tensor | None, bf16: bool, count: Callable[[str, float], None]
+) -> Pass:
+    """Encode and decode tokens x [N, d]; `weight` [N] multiplies their errors, `count` takes seconds."""
+    started = time.perf_counter()
+    tokens, (W_enc, b_enc, W_dec, b_dec) = x.numpy(), arrays(sae)
+    shift = b_dec if sae.config.subtract_b_dec else np.zeros_like(b_dec)
+    lists, centred, product = active(tokens, W_enc, b_enc, shift, bf16 and has_bf16_units())
+    found = time.perf_counter()
+    count("encoder", product)
+    count("candidates", found - started - product)
+    x_hat = decode(by_token(lists, len(x)), W_dec, b_dec)
+    weights = np.empty(0, np.float32) if weight is None else array(weight)
+    loss, slope = slopes(tokens, x_hat, weights, sae.config.loss is Loss.MSE_OVER_NORM)
+    count("decode", time.perf_counter() - found)
+    total = float(lists.value.sum(dtype=np.float64))
+    fired = torch.from_numpy(np.diff(lists.start) > 0)
+    left = Slopes(lists, centred, slope)
+    return Pass(loss, len(lists.value), total, fired, torch.from_numpy(x_hat), left)
+
+
+def gradients(sae: SAE, done: Pass, ghost: GhostRows | None) -> dict[str, Tensor]:
+    """Compute the dense gradient of every parameter (W_dec's component along its rows included)."""
+    lists, x, g = done.slopes
+    W_enc, _, W_dec, _ = arrays(sae)
     enc, dec, bias = np.empty_like(W_dec), np.empty_like(W_dec), np.empty(len(W_dec), np.float32)
-    lists, x, g, penalty, ghost = slopes
-    args = lists, x, g, np.float32(penalty), W_dec, ghost, enc, bias, dec
+    penalty = np.float32(sae.config.l1 / len(x))
+    # a NamedTuple would enter numba's cache on disk by its class, which may be gone in the next version
+    args = tuple(lists), x, g, penalty, W_dec, indexed(ghost, sae), enc, bias, dec
     spread(lambda a, b: kernels.gradients(*args, a, b), ranges(len(W_dec), ROWS))
-    return enc, bias, dec
+    back = bias @ W_enc if sae.config.subtract_b_dec else 0
+    found = {"W_enc": enc, "b_enc": bias, "W_dec": dec, "b_dec": g.sum(0) - back}
+    return {name: torch.from_numpy(value) for name, value in found.items()}
 
 
-def update(slopes: Slopes, enc: Adam, bias: Adam, dec: Adam, lr: float, step: int) -> np.ndarray:
+def update(sae: SAE, done: Pass, ghost: GhostRows | None, moments: Moments, lr: float, step: int) -> Tensor:
     """Take Adam step number `step` on every latent and renormalise its decoder row, in place.
 
-    Dense gradients are never held: each latent's is made, used and dropped. Returns
-    Σ_i (∂L/∂b_enc)_i W_enc_i [d], what b_dec receives through the encoder, with its sign turned.
+    Dense gradients are never held: each latent's is made, used and dropped. `moments` holds every
+    parameter's exp_avg and exp_avg_sq. Returns the gradient of b_dec, whose step is the caller's.
     """
-    parts = ranges(len(dec.p), ROWS)
-    pull = np.zeros((len(parts), dec.p.shape[1]), np.float32)
-    lists, x, g, penalty, ghost = slopes
-    args = lists, x, g, np.float32(penalty), enc, bias, dec, ghost, *adam_scalars(lr, step)
+    lists, x, g = done.slopes
+    parts = ranges(sae.d_sae, ROWS)
+    pull = np.zeros((len(parts), sae.d_in), np.float32)
+    adams = [
+        (array(getattr(sae, name)), *(array(moment) for moment in moments[name]))
+        for name in ("W_enc", "b_enc", "W_dec")
+    ]
+    rate = np.float32(lr / (1 - kernels.BETA1**step))
+    root = np.float32(1 / math.sqrt(1 - kernels.BETA2**step))
+    penalty = np.float32(sae.config.l1 / len(x))
+    args = tuple(lists), x, g, penalty, *adams, indexed(ghost, sae), rate, root
     spread(lambda a, b: kernels.update(*args, pull[a // ROWS], a, b), parts)
-    return pull.sum(0)
+    return torch.from_numpy(g.sum(0) - (pull.sum(0) if sae.config.subtract_b_dec else 0))
 
 
-def adam_scalars(lr: float, step: int) -> tuple[np.float32, np.float32]:
-    """Return lr / (1 - β1^t) and 1 / √(1 - β2^t)."""
-    return np.float32(lr / (1 - BETA1**step)), np.float32(1 / math.sqrt(1 - BETA2**step))
+def indexed(ghost: GhostRows | None, sae: SAE) -> tuple[np.ndarray, ...]:
+    """Return ghost rows as arrays, the first giving each latent's row or -1 (empty if there are none)."""
+    if ghost is None:
+        empty = np.empty((0, sae.d_in), np.float32)
+        return np.empty(0, np.int32), empty, np.empty(0, np.float32), empty
+    index = np.full(sae.d_sae, -1, np.int32)
+    index[array(ghost.latents)] = np.arange(len(ghost.latents))
+    return index, *(array(rows) for rows in ghost[1:])
 
 
-def adam_row(row: Adam, g: np.ndarray, lr: float, step: int) -> None:
-    """Take Adam step number `step` on one vector, in place."""
-    kernels.adam(*row, g, *adam_scalars(lr, step))
+def arrays(sae: SAE) -> tuple[np.ndarray, ...]:
+    """Return W_enc, b_enc, W_dec and b_dec as arrays that share their memory."""
+    return tuple(array(p) for p in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec))
 
 
 def array(tensor: Tensor) -> np.ndarray:
