@@ -44,13 +44,14 @@ def test_training_and_statistics_at_the_embedded_scale(tmp_path):
     first = tmp_path / "01.ipynb"
     run_notebook(
         project_root() / "notebooks" / "01_training.ipynb", first,
-        small | {"test_images": 32, "benchmark_images": 8},
+        small | {"test_images": 32, "benchmark_images": 8, "ghost_images": 128},
     )  # fmt: skip
     shown = text_of(first)
     assert "512 latents on 128 dimensions, 201,728 tokens seen" in shown
     kept = re.search(r"All concepts\*\*: ([\d.]+) % .* ([\d.]+) % through the SAE", " ".join(shown.split()))
     assert 0 <= float(kept[2]) <= 100 and float(kept[1]) > 10
-    assert figures_of(first) == 3
+    assert "CLS reconstructed by the SAE" in shown and "paper: −0.077" in shown
+    assert figures_of(first) == 4
     second = tmp_path / "02.ipynb"
     run_notebook(
         project_root() / "notebooks" / "02_statistics.ipynb", second,

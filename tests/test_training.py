@@ -1,173 +1,263 @@
-"""The token stream, the trainer and its resumption, on a tiny backbone with real scenes."""
+"""The trainer, its metrics and what it refuses, on a tiny backbone with real scenes."""
 
-import numpy as np
-import open_clip
+import csv
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
-from open_clip.model import CLIP
+from safetensors.torch import load_file, save_file
+from tiny import CONFIG, tiny_backbone, tiny_images
 
+from patchsae import train
 from patchsae.backbone import Backbone
-from patchsae.embedded import SINGLE, SceneSet
+from patchsae.embedded import SceneSet
 from patchsae.errors import PatchSAEError
-from patchsae.evaluation import bootstrap, reconstruction, through_sae, zero_shot_predictions, zeroed
-from patchsae.sae import SAE, SAEConfig
-from patchsae.training import (
-    BiasInit,
-    Tokens,
-    TrainConfig,
-    image_order,
-    initial_bias,
-    token_chunk,
-    train_sae,
-)
+from patchsae.sae import Loss, SAEConfig, geometric_median, geometric_median_images
+from patchsae.sparse import Execution, Stepper
+from patchsae.stream import TokenStream
+from patchsae.training import CHECKPOINT, BiasInit, TrainConfig, initial_bias, train_sae
+
+SAE_CONFIG = SAEConfig(d_in=32, expansion=4, l1=1e-4)
 
 
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
-    torch.manual_seed(0)
-    vision = {"image_size": 112, "patch_size": 16, "layers": 2, "width": 32, "head_width": 16}
-    text = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
-    clip = CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text)
-    tokenizer = open_clip.SimpleTokenizer(context_length=16)
-    return Backbone(clip, 1, name="tiny", tokenizer=lambda: tokenizer)
+    return tiny_backbone()
 
 
 @pytest.fixture(scope="module")
 def images() -> SceneSet:
-    return SceneSet("tiny", "train", range(0, 40, 2), (0, 1), 4, SINGLE)
-
-
-CONFIG = TrainConfig(
-    images=96, chunk_images=24, image_batch=8, token_batch=128, warmup_steps=5, log_every=1,
-    checkpoint_chunks=1, lr=3e-3, dead_window=3,
-)  # fmt: skip
-
-
-def test_every_epoch_sees_every_image_once_in_an_order_of_its_own():
-    first, second = image_order(10, 0, 0, 10), image_order(10, 0, 10, 20)
-    assert sorted(first) == sorted(second) == list(range(10))
-    assert (first != second).any()
-    across = image_order(10, 0, 7, 13)
-    assert (across == np.concatenate([first[7:], second[:3]])).all()
-
-
-def test_a_chunk_mixes_the_tokens_of_its_images_and_loses_none(backbone, images):
-    chunk = token_chunk(images, backbone, CONFIG, 1)
-    order = image_order(len(images), CONFIG.seed, 24, 48)
-    with torch.no_grad():
-        plain = backbone.residual(backbone.normalize(images.load(order).images))
-    assert chunk.x.shape == (24 * backbone.n_tokens, backbone.d_model)
-    assert int(chunk.is_cls.sum()) == 24
-    sort = lambda x: x[np.lexsort(x.numpy().T)]  # noqa: E731
-    torch.testing.assert_close(sort(chunk.x), sort(plain.flatten(0, 1)))
-    again = token_chunk(images, backbone, CONFIG, 1)
-    assert torch.equal(chunk.x, again.x)
-
-
-@pytest.mark.parametrize(("tokens", "per_image"), [("cls", 1), ("patches", 49), ("all", 50)])
-def test_token_choice(backbone, images, tokens, per_image):
-    config = TrainConfig(images=8, chunk_images=8, tokens=tokens)
-    assert len(token_chunk(images, backbone, config, 0).x) == 8 * per_image
+    return tiny_images()
 
 
 def test_training_reconstructs_better_and_is_done_once(backbone, images, tmp_path):
-    sae_config = SAEConfig(d_in=32, expansion=4, l1=1e-4)
-    trained = train_sae(images, backbone, sae_config, CONFIG, tmp_path, progress=False)
+    trained = train_sae(images, backbone, SAE_CONFIG, CONFIG, tmp_path, progress=False)
     rows = trained.metrics
-    assert rows[-1]["tokens"] == 96 * 50 and len(rows) == rows[-1]["step"]
+    assert (rows[-1]["tokens"], rows[-1]["images"]) == (96 * 50, 96) and len(rows) == rows[-1]["step"] == 40
     assert rows[-1]["fvu"] < 0.6 * rows[0]["fvu"]
+    assert [row["lr"] for row in rows[:6]] == pytest.approx([3e-3 * k / 5 for k in (1, 2, 3, 4, 5, 5)])
     norms = trained.sae.W_dec.norm(dim=1)
     torch.testing.assert_close(norms, torch.ones_like(norms))
+    assert sorted(p.name for p in trained.folder.iterdir() if p.name[0] != ".") == [
+        "manifest.json", "metrics.csv", "sae.json", "sae.safetensors",
+    ]  # fmt: skip
     stamp = (trained.folder / "manifest.json").stat().st_mtime_ns
-    again = train_sae(images, backbone, sae_config, CONFIG, tmp_path, progress=False)
+    # what does not change the result does not make another run
+    idle = replace(CONFIG, workers=2, checkpoint_share=0.5, tensorboard=True)
+    again = train_sae(images, backbone, SAE_CONFIG, idle, tmp_path, progress=False)
     assert (again.folder / "manifest.json").stat().st_mtime_ns == stamp
     assert torch.equal(again.sae.W_enc, trained.sae.W_enc)
 
 
-def test_a_stopped_run_ends_with_the_weights_of_one_that_was_not(backbone, images, tmp_path, monkeypatch):
-    import patchsae.training as training
+def test_metrics_are_those_of_the_batch(backbone, images, tmp_path):
+    """The first row, against a direct computation of the first step."""
+    config = replace(CONFIG, b_dec_init="zeros", execution="dense")
+    sae_config = replace(SAE_CONFIG, loss=Loss.SQUARED_ERROR, cls_weight=3.0)
+    row = train_sae(images, backbone, sae_config, config, tmp_path, progress=False).metrics[0]
+    from patchsae.sae import SAE
 
-    sae_config = SAEConfig(d_in=32, expansion=4, l1=1e-4)
-    whole = train_sae(images, backbone, sae_config, CONFIG, tmp_path / "whole", progress=False)
-    real = training.token_chunk
-
-    def stop_at_the_third(*args):
-        if args[3] == 2:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(training, "token_chunk", stop_at_the_third)
-    with pytest.raises(KeyboardInterrupt):
-        train_sae(images, backbone, sae_config, CONFIG, tmp_path / "cut", progress=False)
-    monkeypatch.setattr(training, "token_chunk", real)
-    assert not list((tmp_path / "cut").glob("*/manifest.json"))
-    resumed = train_sae(images, backbone, sae_config, CONFIG, tmp_path / "cut", progress=False)
-    for name, weight in whole.sae.named_parameters():
-        assert torch.equal(weight, dict(resumed.sae.named_parameters())[name]), name
-    drop = ("tokens_per_second",)
-    strip = lambda rows: [{k: v for k, v in r.items() if k not in drop} for r in rows]  # noqa: E731
-    assert strip(resumed.metrics) == strip(whole.metrics)
+    sae = SAE(sae_config, seed=config.seed)
+    x = next(TokenStream(images, backbone, config).batches()).x
+    f = sae.encode(x).detach()
+    x_hat = sae.decode(f).detach()
+    gap = (x - x_hat).square()
+    assert row["mse"] == pytest.approx((gap.mean(1) / x.norm(dim=1)).mean().item(), rel=1e-5)
+    assert row["fvu"] == pytest.approx((gap.sum() / (x - x.mean(0)).square().sum()).item(), rel=1e-5)
+    assert row["cosine"] == pytest.approx(torch.cosine_similarity(x, x_hat).mean().item(), rel=1e-5)
+    assert row["l0"] == pytest.approx((f > 0).sum(1).float().mean().item(), rel=1e-6)
+    assert row["l1"] == pytest.approx(f.sum(1).mean().item(), rel=1e-5)
+    assert row["step"] == 1 and row["tokens"] == 128 and row["images"] == 2 and row["ghost"] == 0
 
 
-def test_bias_starts(backbone, images):
-    x = token_chunk(images, backbone, CONFIG, 0).x
-    assert torch.equal(initial_bias(x, BiasInit.ZEROS), torch.zeros(32))
-    torch.testing.assert_close(initial_bias(x, BiasInit.MEAN), x.mean(0))
-    median, mean = initial_bias(x, BiasInit.GEOMETRIC_MEDIAN), x.mean(0)
+def test_dead_latents_are_those_silent_for_the_window(backbone, images, tmp_path, monkeypatch):
+    fired, dead, real = [], [], Stepper.step
+
+    def spy(self, x, lr, silent, is_cls):
+        step = real(self, x, lr, silent, is_cls)
+        dead.append(silent.clone())
+        fired.append(step.fired.clone())
+        return step
+
+    monkeypatch.setattr(Stepper, "step", spy)
+    config = replace(CONFIG, images=48, token_batch=32, lr=3e-2)  # latents die of large steps
+    sae_config = replace(SAE_CONFIG, l1=0.1)
+    rows = train_sae(images, backbone, sae_config, config, tmp_path, progress=False).metrics
+    for step in range(len(fired)):
+        recent = fired[max(0, step - 4) : step]
+        expected = ~torch.stack(recent).any(0) if step >= 4 else torch.zeros_like(dead[0])
+        assert torch.equal(dead[step], expected)
+        assert rows[step]["dead_share"] == pytest.approx(expected.float().mean().item())
+    assert any(row["dead_share"] > 0 and row["ghost"] > 0 for row in rows)
+
+
+def test_bias_starts(backbone, images, tmp_path):
+    tokens = TokenStream(images, backbone, CONFIG).first(20)
+    x = tokens.flatten(0, 1)
+    assert torch.equal(initial_bias(tokens, BiasInit.ZEROS), torch.zeros(32))
+    torch.testing.assert_close(initial_bias(tokens, BiasInit.MEAN), x.mean(0))
+    median, mean = initial_bias(tokens, BiasInit.GEOMETRIC_MEDIAN), x.mean(0)
     assert (x - median).norm(dim=1).sum() < (x - mean).norm(dim=1).sum()
+    assert torch.equal(median, geometric_median(x))
+    by_image = initial_bias(tokens, BiasInit.GEOMETRIC_MEDIAN_IMAGES)
+    assert torch.equal(by_image, geometric_median_images(tokens))
+    # lr so small that the run ends where it started; 1000 tokens are 20 images
+    still = replace(CONFIG, images=24, lr=1e-30)
+    ends = [
+        train_sae(images, backbone, SAE_CONFIG, config, tmp_path, progress=False).sae.b_dec.detach()
+        for config in (still, replace(still, b_dec_init="geometric_median_images", bias_images=20))
+    ]
+    assert torch.equal(ends[0], median) and torch.equal(ends[1], by_image)
 
 
-def test_reconstruction_equals_a_direct_computation(backbone, images):
-    sae = SAE(SAEConfig(d_in=32, expansion=2), seed=1)
-    found = reconstruction(sae, backbone, images.subset(range(20)), batch_size=7)
-    with torch.no_grad():
-        x = backbone.residual(backbone.normalize(images.load(range(20)).images)).flatten(0, 1)
-        f, x_hat = sae.encode(x), sae(x)
-    assert found.tokens == len(x)
-    assert found.l0 == pytest.approx((f > 0).sum(1).float().mean().item())
-    assert found.l1 == pytest.approx(f.sum(1).mean().item(), rel=1e-5)
-    fvu = (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
-    assert found.fvu == pytest.approx(fvu.item(), rel=1e-4)
-    assert found.dead_share == pytest.approx((~(f > 0).any(0)).float().mean().item(), abs=1e-6)
-    mse = ((x - x_hat).square().mean(1) / x.norm(dim=1)).mean()
-    assert found.mse == pytest.approx(mse.item(), rel=1e-5)
+def test_training_from_a_cache(backbone, images, tmp_path):
+    plain = train_sae(images, backbone, SAE_CONFIG, CONFIG, tmp_path, progress=False)
+    config = replace(CONFIG, cache=str(tmp_path / "cache"))
+    cached = train_sae(images, backbone, SAE_CONFIG, config, tmp_path, progress=False)
+    assert cached.folder != plain.folder  # float16 rounds
+    assert cached.metrics[-1]["fvu"] == pytest.approx(plain.metrics[-1]["fvu"], rel=0.02)
 
 
-def test_edits_reach_the_prediction(backbone, images):
-    text = torch.nn.functional.normalize(torch.randn(5, 16), dim=1)
-    sae = SAE(SAEConfig(d_in=32, expansion=2), seed=1)
-    edits = (None, through_sae(sae, backbone), zeroed)
-    found = zero_shot_predictions(backbone, images.subset(range(30)), text, edits, 8, progress=None)
-    x = backbone.normalize(images.load(range(30)).images)
-    with torch.no_grad():
-        direct = (torch.nn.functional.normalize(backbone(x), dim=1) @ text.T).argmax(1).numpy()
-        tokens = backbone.residual(x)
-        swapped = backbone.finish(sae(tokens)) @ text.T
-    assert (found[0] == direct).all()
-    assert (found[1] == swapped.argmax(1).numpy()).all()
-    assert len(set(found[2])) == 1  # nothing of the image is left
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda whole, tensors, meta: whole[:-100],
+        lambda whole, tensors, meta: b"",
+        lambda whole, tensors, meta: (tensors, {"run": meta["run"].replace('"inputs": "', '"inputs": "0')}),
+        lambda whole, tensors, meta: (tensors, {}),
+        lambda whole, tensors, meta: ({k: v for k, v in tensors.items() if k != "sae.b_enc"}, meta),
+        lambda whole, tensors, meta: ({k: v for k, v in tensors.items() if "exp_avg" not in k}, meta),
+        lambda whole, tensors, meta: (tensors | {"silent": tensors["silent"][:3].clone()}, meta),
+    ],
+    ids=["cut", "empty", "foreign", "no metadata", "no weights", "no moments", "other size"],
+)
+def test_a_bad_checkpoint_is_named(backbone, images, tmp_path, monkeypatch, damage):
+    stop_at_step(monkeypatch, 7)
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(images, backbone, SAE_CONFIG, CONFIG, tmp_path, progress=False)
+    monkeypatch.undo()
+    (path,) = tmp_path.glob(f"sae-*/{CHECKPOINT}")
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        meta = file.metadata()
+    bad = damage(path.read_bytes(), load_file(path), meta)
+    path.unlink()
+    path.write_bytes(bad) if isinstance(bad, bytes) else save_file(bad[0], path, bad[1])
+    with pytest.raises(
+        PatchSAEError, match=r"checkpoint.safetensors' is no checkpoint .*; delete it"
+    ) as error:
+        train_sae(images, backbone, SAE_CONFIG, CONFIG, tmp_path, progress=False)
+    assert "\n" not in str(error.value)
+    path.unlink()
+    train_sae(images, backbone, SAE_CONFIG, CONFIG, tmp_path, progress=False)
 
 
-def test_bootstrap_covers_the_mean():
-    values = (np.random.default_rng(0).random(500) < 0.3).astype(float)
-    interval = bootstrap(values)
-    assert interval.low < values.mean() == interval.value < interval.high
-    assert interval.high - interval.low == pytest.approx(2 * 1.96 * np.sqrt(0.21 / 500), rel=0.2)
+def stop_at_step(monkeypatch, number: int) -> None:
+    real, steps = Stepper.step, []
+
+    def step(self, *args):
+        steps.append(1)
+        if len(steps) == number:
+            raise KeyboardInterrupt
+        return real(self, *args)
+
+    monkeypatch.setattr(Stepper, "step", step)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
+    backbone, images, tmp_path, monkeypatch
+):
+    real = Stepper.step
+
+    def explode(self, x, lr, dead, is_cls):
+        step = real(self, x, lr, dead, is_cls)
+        return step._replace(reconstruction=float("nan")) if lr == CONFIG.lr else step
+
+    monkeypatch.setattr(Stepper, "step", explode)
+    with pytest.raises(PatchSAEError, match="not finite at step 5; use a smaller lr than 0.003"):
+        train_sae(images, backbone, SAE_CONFIG, CONFIG, tmp_path, progress=False)
+    monkeypatch.undo()
+    assert len(list(tmp_path.glob(f"sae-*/{CHECKPOINT}"))) == 1
+    assert (
+        train_sae(images, backbone, SAE_CONFIG, CONFIG, tmp_path, progress=False).metrics[-1]["step"] == 40
+    )
 
 
 def test_bad_input_is_named(backbone, images, tmp_path):
-    with pytest.raises(PatchSAEError, match="tokens='pixels'.*all, cls, patches"):
-        TrainConfig(tokens="pixels")
-    with pytest.raises(PatchSAEError, match="chunk_images=0"):
-        TrainConfig(chunk_images=0)
+    for name in ("bias_tokens", "log_every", "lr", "checkpoint_share"):
+        with pytest.raises(PatchSAEError, match=f"{name}=0 must be positive"):
+            TrainConfig(**{name: 0})
+    with pytest.raises(PatchSAEError, match="b_dec_init='median'.*geometric_median_images"):
+        TrainConfig(b_dec_init="median")
+    with pytest.raises(PatchSAEError, match="execution='fast'.*auto, dense"):
+        TrainConfig(execution="fast")
+    assert TrainConfig(execution="dense").execution is Execution.DENSE
+    with pytest.raises(PatchSAEError, match="d_in=64 of the SAE is not the width 32 of tiny; set d_in=32"):
+        train_sae(images, backbone, SAEConfig(64), CONFIG, tmp_path)
     with pytest.raises(PatchSAEError, match="empty"):
-        train_sae(images.subset([]), backbone, SAEConfig(32), CONFIG, tmp_path)
-    broken = torch.nn.Parameter(torch.full((32,), torch.nan), requires_grad=False)
-    block = backbone.model.visual.transformer.resblocks[0]
-    kept, block.ln_1.bias = block.ln_1.bias, broken
-    try:
-        with pytest.raises(PatchSAEError, match="NaN"):
-            token_chunk(images, backbone, CONFIG, 0)
-    finally:
-        block.ln_1.bias = kept
-    assert Tokens("cls") is Tokens.CLS
+        train_sae(images.subset([]), backbone, SAE_CONFIG, CONFIG, tmp_path)
+
+
+def test_tensorboard(backbone, images, tmp_path, monkeypatch):
+    config = replace(CONFIG, tensorboard=True)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(PatchSAEError, match="tensorboard=True needs the package tensorboard; run 'pip"):
+        train_sae(images, backbone, SAE_CONFIG, config, tmp_path, progress=False)
+    monkeypatch.undo()
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trained = train_sae(images, backbone, SAE_CONFIG, config, tmp_path, progress=False)
+    events = EventAccumulator(str(trained.folder / "tensorboard")).Reload()
+    found = [(event.step, event.value) for event in events.Scalars("fvu")]
+    assert found == [(row["step"], pytest.approx(row["fvu"])) for row in trained.metrics]
+
+
+def test_two_processes_that_want_the_same_sae_do_not_disturb_each_other(backbone, images, tmp_path):
+    """The second waits for the first, then finds its result."""
+    script = "import sys; sys.path.insert(0, sys.argv[1]); from test_training import *; once(sys.argv[2])"
+    command = [sys.executable, "-c", script, os.path.dirname(__file__), str(tmp_path)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sorted(text.split()[0] for text in said) == ["found", "trained"]
+    assert len({text.split()[1] for text in said}) == 1
+
+
+def once(root: str) -> None:
+    """Train in a process of its own; say whether it did, and what came out."""
+    steps, real = [], Stepper.step
+
+    def count(self, *args):
+        steps.append(1)
+        return real(self, *args)
+
+    Stepper.step = count
+    trained = train_sae(tiny_images(), tiny_backbone(), SAE_CONFIG, CONFIG, root, progress=False)
+    print("trained" if steps else "found", trained.sae.W_enc.double().sum().item())
+
+
+def test_command_line(tmp_path, capsys):
+    arguments = [
+        "--images",
+        "16",
+        "--expansion",
+        "2",
+        "--token-batch",
+        "512",
+        "--out",
+        str(tmp_path),
+        "--quiet",
+    ]
+    assert train.main([*arguments, "--b-dec-init", "mean", "--no-ghost"]) == 0
+    said = capsys.readouterr().out
+    (folder,) = tmp_path.glob("sae-*")
+    assert said.startswith(f"{folder}: 3,152 tokens, mse 0.")
+    with open(folder / "metrics.csv", newline="") as file:
+        assert next(csv.DictReader(file))["tokens"]
+    assert train.main([*arguments, "--tokens", "some"]) == 2
+    assert "tokens='some' is unknown" in capsys.readouterr().err
+    assert train.main(["--scale", "paper", "--model", "nothing"]) == 2

@@ -16,12 +16,12 @@ import xarray as xr
 from scipy.stats import entropy
 from torch import Tensor
 
+from .activations import Tokens, token_columns
 from .backbone import Backbone
 from .errors import PatchSAEError
 from .images import ImageSet
 from .sae import SAE
 from .stage import Stage
-from .training import Tokens, token_columns
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How good is an SAE: reconstruction, sparsity, and what is left of zero-shot accuracy."""
+"""How good is an SAE: reconstruction, sparsity, and what is left of the model's predictions and losses."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .activations import Tokens, token_columns
 from .backbone import Backbone, zero_shot_logits
+from .errors import PatchSAEError
 from .images import ImageSet
 from .sae import SAE
-from .training import Tokens, token_columns
+
+Edit = Callable[[Tensor], Tensor]  # residual-stream tokens [B, T, d] to [B, T, d]
 
 
 class Reconstruction(NamedTuple):
@@ -42,6 +46,45 @@ class Interval(NamedTuple):
     high: float
 
 
+class ZeroShot(NamedTuple):
+    """What a model says to the images of a set under each of E edits."""
+
+    predictions: np.ndarray
+    """Most likely class: int64 [E, N]."""
+    cross_entropy: np.ndarray
+    """-log p of the true class, the logit scale included: float64 [E, N]."""
+
+
+class Spread(NamedTuple):
+    """Mean and standard deviation over draws."""
+
+    mean: float
+    sd: float
+
+
+class Contrast(NamedTuple):
+    """The contrastive loss under three edits, in nat, over batches drawn in one way."""
+
+    original: Spread
+    sae: Spread
+    """With the CLS token replaced by its reconstruction."""
+    zeroed: Spread
+    """With the CLS token set to zero."""
+    score: Spread
+    """(sae - original) / (zeroed - original): 0 perfect, 1 as bad as zeroing, negative possible."""
+    images: int
+    """Images in a batch."""
+
+
+class ContrastiveLoss(NamedTuple):
+    """Symmetric in-batch cross-entropy of images and texts (facts.md §4.4)."""
+
+    drawn: Contrast
+    """Batches of images drawn at random: captions come several times."""
+    distinct: Contrast
+    """Batches of one image of each class name: no caption comes twice."""
+
+
 @torch.no_grad()
 def reconstruction(
     sae: SAE, backbone: Backbone, images: ImageSet, tokens: Tokens = Tokens.ALL, batch_size: int = 32
@@ -55,7 +98,7 @@ def reconstruction(
     for batch in images.batches(batch_size, progress="measuring the SAE"):
         x = backbone.residual(backbone.normalize(batch.images))[:, columns].flatten(0, 1).float()
         f = sae.encode(x)
-        x_hat = sae.decode(f)
+        x_hat = sae.decode(f, x)
         gap = (x - x_hat).square()
         n += len(x)
         mse += (gap.mean(-1) / x.norm(dim=-1)).sum().item()
@@ -71,50 +114,160 @@ def reconstruction(
     return Reconstruction(mse / n, error / spread, cosine / n, l0 / n, l1 / n, dead, n)
 
 
-def through_sae(sae: SAE, backbone: Backbone, tokens: Tokens = Tokens.ALL) -> Callable[[Tensor], Tensor]:
+def through_sae(sae: SAE, backbone: Backbone, tokens: Tokens = Tokens.ALL) -> Edit:
     """Return an edit that replaces tokens [B, T, d] by their reconstruction (mode `replace`)."""
+    return _on_columns(backbone, tokens, lambda x: sae(x.float()))
+
+
+def zeroed(backbone: Backbone, tokens: Tokens = Tokens.ALL) -> Edit:
+    """Return an edit that sets tokens to zero: the floor that 'recovered' scores are measured from."""
+    return _on_columns(backbone, tokens, torch.zeros_like)
+
+
+def _on_columns(backbone: Backbone, tokens: Tokens, change: Edit) -> Edit:
     columns = torch.from_numpy(token_columns(backbone, tokens)).to(backbone.device)
 
     def edit(x: Tensor) -> Tensor:
         x = x.clone()
-        x[:, columns] = sae(x[:, columns].float()).to(x.dtype)
+        x[:, columns] = change(x[:, columns]).to(x.dtype)
         return x
 
     return edit
 
 
-def zeroed(x: Tensor) -> Tensor:
-    """Replace every token by zero: the floor that 'recovered' scores are measured from."""
-    return torch.zeros_like(x)
+@torch.no_grad()
+def edited_embeddings(
+    backbone: Backbone,
+    images: ImageSet,
+    edits: Sequence[Edit | None],
+    batch_size: int = 32,
+    progress: str | None = None,
+) -> Tensor:
+    """Embed images under several edits of the residual stream, the trunk run once.
+
+    `edits` are functions of tokens [B, T, d]; None leaves the stream as it is. Returns float32
+    [E, N, e] on the backbone's device, not normalised.
+    """
+    rows = []
+    for batch in images.batches(batch_size, progress=progress):
+        x = backbone.residual(backbone.normalize(batch.images))
+        rows.append(torch.stack([backbone.finish(x if e is None else e(x)).float() for e in edits]))
+    return torch.cat(rows, dim=1)
 
 
 @torch.no_grad()
-def zero_shot_predictions(
+def zero_shot(
     backbone: Backbone,
     images: ImageSet,
     text: Tensor,
-    edits: Sequence[Callable[[Tensor], Tensor] | None],
+    edits: Sequence[Edit | None],
     batch_size: int = 32,
     progress: str | None = "classifying",
-) -> np.ndarray:
-    """Classify images under several edits of the residual stream, the trunk run once.
+) -> ZeroShot:
+    """Classify images under several edits of the residual stream; `text` [C, e] is one vector per class."""
+    labels = torch.from_numpy(images.labels).to(backbone.device)
+    predictions, losses = [], []
+    for embeddings in edited_embeddings(backbone, images, edits, batch_size, progress):
+        logits = zero_shot_logits(backbone, embeddings, text)
+        predictions.append(logits.argmax(-1).cpu().numpy())
+        losses.append(F.cross_entropy(logits.double(), labels, reduction="none").cpu().numpy())
+    return ZeroShot(np.stack(predictions), np.stack(losses))
+
+
+def recovered(original: float, edited: float, floor: float) -> float:
+    """Return (edited - floor) / (original - floor) of accuracies or cross-entropies (facts.md §7).
+
+    1 where nothing is lost, 0 where the edit is as bad as the floor; not clipped, NaN where the floor is
+    no worse than the original.
+    """
+    return (edited - floor) / (original - floor) if original != floor else float("nan")
+
+
+@torch.no_grad()
+def contrastive_loss(
+    sae: SAE,
+    backbone: Backbone,
+    images: ImageSet,
+    batch_images: int = 1024,
+    text: str = "A photo of a {name}.",
+    seed: int = 0,
+    draws: int = 10,
+    batch_size: int = 32,
+    progress: str | None = "contrastive loss",
+) -> ContrastiveLoss:
+    """Measure the contrastive loss with the CLS token as it is, reconstructed, and zeroed (facts.md §4.4).
+
+    Only the CLS token is changed, whatever tokens the SAE was trained on. Every draw is a batch of images,
+    a function of (seed, number) alone, scored under all three; the trunk runs once per image that is drawn.
+    Draws from a set that is hardly larger than a batch overlap, and their standard deviation is too small.
 
     Parameters
     ----------
-    text : [C, e], from `zero_shot_weights`
-    edits : functions [B, T, d] to [B, T, d]; None leaves the stream as it is
+    batch_images : images of a batch (of one image per class: at most so many); Table 2 fits 1024
+    text : caption of an image, `{name}` its class name
+    draws : batches of either kind
 
-    Returns
-    -------
-    int64 [len(edits), N]
+    Raises
+    ------
+    PatchSAEError : the set has fewer images than a batch, or only one class.
     """
-    rows: list[list[np.ndarray]] = [[] for _ in edits]
-    for batch in images.batches(batch_size, progress=progress):
-        x = backbone.residual(backbone.normalize(batch.images))
-        for row, edit in zip(rows, edits, strict=True):
-            logits = zero_shot_logits(backbone, backbone.finish(x if edit is None else edit(x)), text)
-            row.append(logits.argmax(-1).cpu().numpy())
-    return np.stack([np.concatenate(row) for row in rows])
+    if "{name}" not in text:
+        raise PatchSAEError(f"text='{text}' has no place for the class name; put {{name}} where it goes.")
+    if draws < 2:
+        raise PatchSAEError(f"draws={draws} has no standard deviation; take at least 2.")
+    rngs = [np.random.default_rng([seed, number]) for number in range(draws)]
+    batches = [*_at_random(images, batch_images, rngs), *_one_per_name(images, batch_images, rngs)]
+    used, where = np.unique(np.concatenate(batches), return_inverse=True)
+    edits = (None, through_sae(sae, backbone, Tokens.CLS), zeroed(backbone, Tokens.CLS))
+    pictures = edited_embeddings(backbone, images.subset(used), edits, batch_size, progress)
+    labels = images.labels[used]
+    classes, name_of = np.unique(labels, return_inverse=True)
+    captions = [text.replace("{name}", images.classnames[label]) for label in classes]
+    words = torch.cat([backbone.encode_text(captions[i : i + 256]) for i in range(0, len(captions), 256)])
+    losses = np.array(
+        [
+            [_symmetric_loss(backbone, embeddings[rows], words[name_of[rows]]) for embeddings in pictures]
+            for rows in np.split(where, np.cumsum([len(batch) for batch in batches])[:-1])
+        ]
+    )  # [2 · draws, 3]
+    return ContrastiveLoss(
+        _contrast(losses[:draws], len(batches[0])), _contrast(losses[draws:], len(batches[-1]))
+    )
+
+
+def _contrast(losses: np.ndarray, images: int) -> Contrast:
+    original, through, zero = losses.T
+    score = (through - original) / (zero - original)
+    spreads = [Spread(float(v.mean()), float(v.std(ddof=1))) for v in (original, through, zero, score)]
+    return Contrast(*spreads, images)
+
+
+def _at_random(images: ImageSet, n: int, rngs: list[np.random.Generator]) -> list[np.ndarray]:
+    if len(images) < n:
+        raise PatchSAEError(
+            f"a batch of batch_images={n} cannot be drawn from the {len(images)} images of "
+            f"'{images.name}'; take more images, or a smaller batch."
+        )
+    return [rng.permutation(len(images))[:n] for rng in rngs]
+
+
+def _one_per_name(images: ImageSet, n: int, rngs: list[np.random.Generator]) -> list[np.ndarray]:
+    # by name: some of ImageNet's classes share one (facts.md §3), and their captions would be the same
+    names = np.unique(np.array(images.classnames)[images.labels], return_inverse=True)[1]
+    if names.max(initial=0) < 1:
+        raise PatchSAEError(f"'{images.name}' has images of one class; a contrast needs two.")
+    drawn = []
+    for rng in rngs:
+        mixed = rng.permutation(len(images))
+        firsts = np.unique(names[mixed], return_index=True)[1]
+        drawn.append(mixed[rng.permutation(firsts)[:n]])
+    return drawn
+
+
+def _symmetric_loss(backbone: Backbone, pictures: Tensor, words: Tensor) -> float:
+    logits = zero_shot_logits(backbone, pictures, words.float()).double()  # [B images, B texts]
+    own = torch.arange(len(logits), device=logits.device)
+    return ((F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2).item()
 
 
 def bootstrap(values: np.ndarray, seed: int = 0, draws: int = 2000) -> Interval:

@@ -128,3 +128,15 @@ def mass_scatter(area: np.ndarray, mass: np.ndarray, area_share: float, mass_sha
     )
     axis.legend()
     return figure
+
+
+def dead_latents(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+    """Show the share of dead latents over the steps of several runs (footnote 5)."""
+    figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    for name, metrics in runs.items():
+        steps = [row["step"] for row in metrics]
+        axis.plot(steps, [100 * row["dead_share"] for row in metrics], lw=1.2, label=name)
+    axis.set(xlabel="step", ylabel="dead latents (%)", ylim=(0, None))
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return figure

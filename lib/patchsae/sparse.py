@@ -40,6 +40,8 @@ class Step(NamedTuple):
     ghost: float
     l0: float
     """Mean number of active latents per token."""
+    activation: float
+    """Mean sum of latents per token: what λ multiplies."""
     fired: Tensor
     """Which latents were active on any token: bool [d_sae]."""
     output: Tensor
@@ -102,7 +104,7 @@ class Stepper:
         """Set the parameters' gradients, as `SAE.losses(...).total.backward()` would, and take no step."""
         if not len(x):
             fired = torch.zeros(self.sae.d_sae, dtype=torch.bool, device=x.device)
-            return Step(0.0, 0.0, 0.0, 0.0, fired, x)
+            return Step(0.0, 0.0, 0.0, 0.0, 0.0, fired, x)
         if not self._pays(x):
             return self._dense(x, dead, is_cls)
         step, done, ghost = self._forward(x, dead, is_cls)
@@ -143,7 +145,9 @@ class Stepper:
         self.sae.track_threshold(out.latents)
         active = out.latents.detach() > 0
         terms = (value.item() for value in (out.reconstruction, out.l1, out.ghost))
-        return Step(*terms, active.sum().item() / len(x), active.any(0), out.output.detach())
+        total = out.latents.detach().sum().item()
+        counts = active.sum().item() / len(x), total / len(x)
+        return Step(*terms, *counts, active.any(0), out.output.detach())
 
     def _forward(
         self, x: Tensor, dead: Tensor | None, is_cls: Tensor | None
@@ -159,9 +163,9 @@ class Stepper:
         if config.ghost and dead is not None and bool(dead.any()):
             with self._timed("ghost"):
                 ghost_loss, ghost = ghost_gradients(sae, x, done.output, dead, is_cls)
-        l1 = config.l1 * done.total / len(x)
-        step = Step(done.loss, l1, ghost_loss, done.active / len(x), done.fired, done.output)
-        return step, done, ghost
+        l0, activation = done.active / len(x), done.total / len(x)
+        terms = done.loss, config.l1 * activation, ghost_loss
+        return Step(*terms, l0, activation, done.fired, done.output), done, ghost
 
     @torch.no_grad()
     def _update(self, done: Pass, ghost: GhostRows | None, lr: float) -> None:
@@ -190,7 +194,7 @@ class Stepper:
         if self.group is None:
             return step
         device = step.fired.device
-        sums = torch.tensor([n, *(n * value for value in step[:4])], dtype=torch.float64, device=device)
+        sums = torch.tensor([n, *(n * value for value in step[:5])], dtype=torch.float64, device=device)
         distributed.all_reduce(sums, group=self.group)
         count, *sums = sums.tolist()
         for p in self.sae.parameters():

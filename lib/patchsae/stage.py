@@ -6,6 +6,7 @@ folder without one is unfinished, whatever stopped the run.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -24,6 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from patchsae.errors import PatchSAEError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
 
 MANIFEST = "manifest.json"
 
@@ -185,6 +191,20 @@ class Stage:
         except (OSError, ValueError):
             return None
         return found if isinstance(found, dict) else None
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Wait until no other process works in this folder, and remove what killed ones left half-written.
+
+        The system takes the lock from a process that is killed, so it cannot be left behind.
+        """
+        with (self.path / ".lock").open("w") as lock:
+            # Some network file systems have no locks: nobody waits then, and nothing is removed.
+            with contextlib.suppress(OSError, AttributeError):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                for partial in self.path.glob(".*-*"):  # as `write_atomic` names them
+                    partial.unlink()
+            yield
 
     def finish(self, *, seed: int | None = None, **facts: Any) -> Path:
         """Write the manifest, which makes the folder a finished result."""

@@ -1,8 +1,8 @@
 """Train a sparse autoencoder on the tokens of a backbone, streamed from an image set.
 
-The stream is cut into chunks of images. The tokens of one chunk are mixed across its images and handed
-out in batches, so a chunk is a function of (seed, chunk number) alone: memory is bounded by one chunk,
-and a run that was stopped goes on from the last checkpoint with the very batches it would have seen.
+A run can be killed at any moment: what it has learned is in a checkpoint that was written whole or not at
+all, and the stream goes on at any batch, so it ends with the weights and metrics of a run that was not.
+Under torchrun every process trains on its part of each batch and all take the same steps.
 """
 
 from __future__ import annotations
@@ -11,15 +11,14 @@ import csv
 import json
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -27,42 +26,28 @@ from .backbone import Backbone
 from .errors import PatchSAEError
 from .images import ImageSet
 from .progress import progress_bar
-from .sae import SAE, SAEConfig, geometric_median
-from .stage import Stage, write_atomic
+from .ranks import Ranks, join
+from .sae import SAE, SAEConfig, geometric_median, geometric_median_images
+from .sparse import Execution, Step, Stepper
+from .stage import Stage, digest, write_atomic
+from .stream import Position, StreamConfig, TokenBatch, TokenStream, choose
 
 CHECKPOINT, METRICS = "checkpoint.safetensors", "metrics.csv"
-
-
-class Tokens(StrEnum):
-    """Which tokens the autoencoder sees (Fig. 8)."""
-
-    ALL = "all"
-    CLS = "cls"
-    PATCHES = "patches"
 
 
 class BiasInit(StrEnum):
     """What b_dec starts at (facts.md §4.3)."""
 
     GEOMETRIC_MEDIAN = "geometric_median"  # of tokens
+    GEOMETRIC_MEDIAN_IMAGES = "geometric_median_images"  # of images as T·d vectors: the released code
     MEAN = "mean"
     ZEROS = "zeros"
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(StreamConfig):
     """How an SAE is trained; the defaults are the paper's (App. A, facts.md §0)."""
 
-    images: int = 2_621_440
-    """Images seen, counted with repetition."""
-    tokens: Tokens = Tokens.ALL
-    """Which tokens of an image are used."""
-    chunk_images: int = 1024
-    """Images whose tokens are mixed with each other."""
-    image_batch: int = 64
-    """Images per pass of the backbone."""
-    token_batch: int = 4096
-    """Tokens per optimiser step."""
     lr: float = 4e-4
     """Adam's step size after warm-up."""
     warmup_steps: int = 500
@@ -70,36 +55,36 @@ class TrainConfig:
     b_dec_init: BiasInit = BiasInit.GEOMETRIC_MEDIAN
     """Start of the decoder bias."""
     bias_tokens: int = 50_000
-    """Tokens that the start of the bias is computed from."""
+    """Least number of tokens whose median or mean the bias starts at (all of the run, if fewer)."""
+    bias_images: int = 128
+    """Images whose median the bias starts at, for geometric_median_images."""
     dead_window: int = 64
     """A latent is dead after this many steps without firing."""
-    seed: int = 0
-    """Seed of the weights, the order of images and the mixing of tokens."""
+    execution: Execution = Execution.AUTO
+    """How a step is computed."""
     log_every: int = 20
     """Steps between two rows of the metrics table."""
-    checkpoint_chunks: int = 4
-    """Chunks between two checkpoints."""
+    tensorboard: bool = False
+    """Whether the rows also go to TensorBoard. Does not change results."""
+    checkpoint_share: float = 0.03
+    """Share of the time that may go into checkpoints, which sets how often there is one. Does not change
+    results."""
 
     def __post_init__(self):
-        for name, kind in (("tokens", Tokens), ("b_dec_init", BiasInit)):
-            try:
-                object.__setattr__(self, name, kind(getattr(self, name)))
-            except ValueError:
-                raise PatchSAEError(
-                    f"{name}='{getattr(self, name)}' is unknown; choose one of {', '.join(kind)}."
-                ) from None
-        counts = ("images", "chunk_images", "image_batch", "token_batch", "dead_window", "log_every")
-        for name in (*counts, "checkpoint_chunks", "bias_tokens", "lr"):
+        super().__post_init__()
+        choose(self, "b_dec_init", BiasInit)
+        choose(self, "execution", Execution)
+        counts = ("bias_tokens", "bias_images", "dead_window", "log_every", "checkpoint_share", "lr")
+        for name in counts:
             if not getattr(self, name) > 0:
                 raise PatchSAEError(f"{name}={getattr(self, name)} must be positive.")
 
-
-class TokenChunk(NamedTuple):
-    """The tokens of some images, mixed across them."""
-
-    x: Tensor  # [N, d]
-    is_cls: Tensor  # [N] bool
-    images: int
+    def inputs(self) -> dict[str, object]:
+        """Return what decides the result, for the stage's hash."""
+        idle = ("workers", "cache", "tensorboard", "checkpoint_share")
+        values = {key: value for key, value in asdict(self).items() if key not in idle}
+        # where a cache lies is all one, but tokens from one are rounded to float16
+        return values | {"cached": bool(self.cache)}
 
 
 class Trained(NamedTuple):
@@ -108,63 +93,6 @@ class Trained(NamedTuple):
     sae: SAE
     metrics: list[dict[str, float]]
     folder: Path
-
-
-def token_columns(backbone: Backbone, tokens: Tokens) -> np.ndarray:
-    """Return the positions of the tokens that are used; prompt tokens never are (facts.md §1.4)."""
-    kind = backbone.token_kind
-    wanted = {
-        Tokens.ALL: (kind == "cls") | (kind == "patch"),
-        Tokens.CLS: kind == "cls",
-        Tokens.PATCHES: kind == "patch",
-    }
-    columns = np.flatnonzero(wanted[Tokens(tokens)])
-    if not len(columns):
-        raise PatchSAEError(f"tokens='{tokens}' leaves none: {backbone.name} has no such token.")
-    return columns
-
-
-def image_order(length: int, seed: int, start: int, stop: int) -> np.ndarray:
-    """Return which images come as number start … stop-1: every epoch in an order of its own."""
-    numbers = np.arange(start, stop)
-    order = np.empty(len(numbers), np.int64)
-    for epoch in np.unique(numbers // length):
-        here = numbers // length == epoch
-        shuffled = np.random.default_rng([seed, int(epoch)]).permutation(length)
-        order[here] = shuffled[numbers[here] % length]
-    return order
-
-
-@torch.no_grad()
-def token_chunk(images: ImageSet, backbone: Backbone, config: TrainConfig, chunk: int) -> TokenChunk:
-    """Compute chunk number `chunk` of the stream: a function of the seed and the number alone."""
-    start = chunk * config.chunk_images
-    stop = min(start + config.chunk_images, config.images)
-    columns = torch.from_numpy(token_columns(backbone, config.tokens)).to(backbone.device)
-    order = image_order(len(images), config.seed, start, stop)
-    rows = [
-        backbone.residual(backbone.normalize(batch.images))[:, columns].float()
-        for batch in images.batches(config.image_batch, order)
-    ]
-    x = torch.cat(rows)  # [I, T, d]
-    is_cls = torch.from_numpy(backbone.token_kind == "cls").to(x.device)[columns]
-    is_cls = is_cls.expand(len(x), -1).flatten()
-    x = x.flatten(0, 1)
-    if not torch.isfinite(x).all():
-        raise PatchSAEError(
-            f"the residual stream of {backbone.name} after block {backbone.block} has NaN or "
-            f"infinite values on '{images.name}'; use dtype float32, or check the weights."
-        )
-    draw = torch.Generator().manual_seed(config.seed * 1_000_003 + chunk)
-    mixed = torch.randperm(len(x), generator=draw).to(x.device)
-    return TokenChunk(x[mixed], is_cls[mixed], stop - start)
-
-
-def initial_bias(x: Tensor, kind: BiasInit) -> Tensor:
-    """Compute the start of b_dec from tokens [N, d]."""
-    if kind is BiasInit.ZEROS:
-        return x.new_zeros(x.shape[1])
-    return x.mean(0) if kind is BiasInit.MEAN else geometric_median(x)
 
 
 def train_sae(
@@ -178,144 +106,237 @@ def train_sae(
     """Train an SAE, or return it if `root` holds one made from the same inputs.
 
     Metrics go to `metrics.csv` and weights to `sae.safetensors` in a folder named by the hash of the
-    inputs. A run that was stopped at any moment goes on from its last checkpoint and ends with the same
-    weights as one that was not.
+    inputs. A run that was killed at any moment goes on from its last checkpoint and ends with the same
+    bits as one that was not. Under torchrun all processes call this with a common `root`; another number
+    of them, also when going on, ends the same to 1e-5. A second run of the same inputs waits for the first.
+
+    Raises
+    ------
+    PatchSAEError : the SAE's width is not the backbone's; the checkpoint is damaged or foreign; the loss is
+        not finite; as `TokenStream`.
     """
-    if len(images) == 0:
-        raise PatchSAEError(f"image set '{images.name}' is empty; nothing to train on.")
+    if sae_config.d_in != backbone.d_model:
+        raise PatchSAEError(
+            f"d_in={sae_config.d_in} of the SAE is not the width {backbone.d_model} of {backbone.name}; "
+            f"set d_in={backbone.d_model}."
+        )
     inputs = {
         "images": images.fingerprint(),
         "backbone": backbone.fingerprint(),
         "sae": asdict(sae_config),
-        # how often something is written does not change what is learned
-        "train": asdict(replace(config, checkpoint_chunks=1)),
+        "train": config.inputs(),
     }
     stage = Stage.open(root, "sae", inputs)
-    if not stage.done:
-        run = _Run(images, backbone, sae_config, config, stage.path)
-        run.go(progress)
-        run.sae.save(stage.path)
-        (stage.path / CHECKPOINT).unlink(missing_ok=True)
-        stage.finish(seed=config.seed, images=run.images_seen, tokens=run.tokens_seen)
+    ranks = join(backbone.device)
+    if not ranks.agree(stage.done):
+        with stage.alone() if ranks.first else nullcontext():
+            if not ranks.agree(stage.done):  # another process may have finished it meanwhile
+                _Run(images, backbone, sae_config, config, stage, ranks, progress).go()
+            ranks.wait()
+    if ranks.first and (left := stage.path / CHECKPOINT).exists():
+        left.unlink(missing_ok=True)  # after the manifest: a kill between the two must not start over
     return Trained(SAE.load(stage.path, backbone.device), read_metrics(stage.path), stage.path)
 
 
 class _Run:
-    """One training run: the state that a checkpoint holds, and the loop over chunks."""
+    """One training run: the state that a checkpoint holds, and the loop over batches."""
 
-    def __init__(self, images, backbone, sae_config: SAEConfig, config: TrainConfig, folder: Path):
-        self.images, self.backbone, self.config, self.folder = images, backbone, config, folder
+    def __init__(
+        self,
+        images: ImageSet,
+        backbone: Backbone,
+        sae_config: SAEConfig,
+        config: TrainConfig,
+        stage: Stage,
+        ranks: Ranks,
+        progress: bool,
+    ):
+        self.config, self.ranks, self.stage, self.progress = config, ranks, stage, progress and ranks.first
+        self.stream = TokenStream(images, backbone, config, ranks, self.progress)
         self.sae = SAE(sae_config, seed=config.seed).to(backbone.device)
-        self.adam = torch.optim.Adam(
-            self.sae.parameters(), lr=config.lr, fused=backbone.device.type in ("cpu", "cuda")
-        )
         self.silent = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=backbone.device)
-        self.step = self.chunk = self.images_seen = self.tokens_seen = 0
+        self.step = self.tokens_seen = 0
+        self.position = Position()
         self.metrics: list[dict[str, float]] = []
-        self.chunks = math.ceil(config.images / config.chunk_images)
+        self.checkpoint = stage.path / CHECKPOINT
 
-    def go(self, progress: bool) -> None:
-        if (self.folder / CHECKPOINT).exists():
+    @property
+    def images_seen(self) -> int:
+        """Images' worth of tokens: a batch holds tokens of many images."""
+        return self.tokens_seen // self.stream.activations.tokens
+
+    def go(self) -> None:
+        if self.ranks.agree(self.checkpoint.exists()):
             self._restore()
+        else:
+            self.sae.b_dec.data.copy_(self._bias())
+            self.stepper = self._stepper()
+        self._learn()
+        if self.ranks.first:
+            self.sae.save(self.stage.path)
+            write_metrics(self.stage.path, self.metrics)
+            self.stage.finish(seed=self.config.seed, images=self.config.images, tokens=self.tokens_seen)
+
+    def _stepper(self) -> Stepper:
+        return Stepper(self.sae, self.config.execution, self.ranks.group)
+
+    def _bias(self) -> Tensor:
+        config, start = self.config, torch.zeros_like(self.sae.b_dec)
+        if self.ranks.first and config.b_dec_init is not BiasInit.ZEROS:
+            images = math.ceil(config.bias_tokens / self.stream.activations.tokens)
+            if config.b_dec_init is BiasInit.GEOMETRIC_MEDIAN_IMAGES:
+                images = config.bias_images
+            start = initial_bias(self.stream.first(images), config.b_dec_init)
+        return self.ranks.share(start)
+
+    def _learn(self) -> None:
+        config = self.config
+        log = _Log(config, self.stage.path, self.ranks, self.step, self.tokens_seen)
         bar = progress_bar(
-            total=self.config.images,
+            total=config.images,
             initial=self.images_seen,
             desc="training the SAE",
             unit="image",
             mininterval=1.0,
-            shown=progress,
+            shown=self.progress,
         )
-        for number in range(self.chunk, self.chunks):
-            chunk = token_chunk(self.images, self.backbone, self.config, number)
-            if number == 0:
-                sample = chunk.x[: self.config.bias_tokens]
-                self.sae.b_dec.data = initial_bias(sample, self.config.b_dec_init)
-            self._learn(chunk, last=number + 1 == self.chunks)
-            self.chunk, self.images_seen = number + 1, self.images_seen + chunk.images
-            bar.update(chunk.images)
-            if self.metrics:
-                last = self.metrics[-1]
-                bar.set_postfix({k: f"{last[k]:.3g}" for k in ("fvu", "l0", "dead_share")})
-            if self.chunk % self.config.checkpoint_chunks == 0 or self.chunk == self.chunks:
-                self._save()
-        bar.close()
+        saved_at, saving = time.monotonic(), 0.0
+        with closing(self.stream.batches(self.position)) as batches, closing(log), bar:
+            for batch in batches:
+                rate = config.lr * min(1.0, (self.step + 1) / max(1, config.warmup_steps))
+                dead = self.silent > config.dead_window
+                step = self.stepper.step(batch.x, rate, dead, batch.is_cls)
+                self.silent = torch.where(step.fired, 0, self.silent + 1)
+                self.step, self.tokens_seen = self.step + 1, self.tokens_seen + batch.tokens
+                self.position = batch.position
+                self._check(step)
+                bar.update(self.images_seen - bar.n)
+                if self.step % config.log_every == 0 or self.images_seen == config.images:
+                    counts = {"step": self.step, "images": self.images_seen, "tokens": self.tokens_seen}
+                    row = log.row(counts, batch, step, dead, rate)
+                    self.metrics.append(row)
+                    bar.set_postfix({k: f"{row[k]:.3g}" for k in ("fvu", "l0", "dead_share")})
+                began = time.monotonic()
+                if self.ranks.first and (began - saved_at) * config.checkpoint_share >= saving:
+                    self._save()
+                    saved_at = time.monotonic()
+                    saving = saved_at - began
 
-    def _learn(self, chunk: TokenChunk, last: bool) -> None:
-        config, started, done = self.config, time.perf_counter(), 0
-        for x, is_cls in self._batches(chunk):
-            rate = config.lr * min(1.0, (self.step + 1) / max(1, config.warmup_steps))
-            for group in self.adam.param_groups:
-                group["lr"] = rate
-            dead = self.silent > config.dead_window
-            out = self.sae.losses(x, dead, is_cls)
-            out.total.backward()
-            self.sae.project_decoder_gradient()
-            self.adam.step()
-            self.adam.zero_grad(set_to_none=True)
-            self.sae.normalise_decoder()
-            fired = (out.latents > 0).any(0)
-            self.silent = torch.where(fired, 0, self.silent + 1)
-            self.step, self.tokens_seen, done = self.step + 1, self.tokens_seen + len(x), done + len(x)
-            if self.step % config.log_every == 0 or (last and done == len(chunk.x)):
-                speed = done / (time.perf_counter() - started)
-                self.metrics.append(self._row(x, out, dead, rate, speed))
-
-    def _batches(self, chunk: TokenChunk) -> Iterator[tuple[Tensor, Tensor]]:
-        size = self.config.token_batch
-        for start in range(0, len(chunk.x), size):
-            yield chunk.x[start : start + size], chunk.is_cls[start : start + size]
-
-    @torch.no_grad()
-    def _row(self, x: Tensor, out, dead: Tensor, rate: float, speed: float) -> dict[str, float]:
-        spread = (x - x.mean(0)).square().sum()
-        row = {
-            "step": self.step,
-            "images": self.images_seen,
-            "tokens": self.tokens_seen,
-            "mse": out.reconstruction.item(),
-            "l1": out.latents.sum(-1).mean().item(),
-            "ghost": out.ghost.item(),
-            "fvu": ((x - out.output).square().sum() / spread).item(),
-            "cosine": torch.cosine_similarity(x, out.output, dim=-1).mean().item(),
-            "l0": (out.latents > 0).sum(-1).float().mean().item(),
-            "dead_share": dead.float().mean().item(),
-            "lr": rate,
-            "tokens_per_second": speed,
-        }
-        if not math.isfinite(row["mse"]):
+    def _check(self, step: Step) -> None:
+        if not math.isfinite(step.reconstruction + step.l1 + step.ghost):
             raise PatchSAEError(
-                f"the loss is not finite at step {self.step}; use a smaller lr than {self.config.lr}."
+                f"the loss is not finite at step {self.step}; use a smaller lr than {self.config.lr} "
+                f"(the last checkpoint stays in '{self.stage.path}')."
             )
-        return row
 
     def _save(self) -> None:
-        tensors = {f"sae.{name}": p.detach() for name, p in self.sae.named_parameters()}
-        for name, p in self.sae.named_parameters():
-            moments = self.adam.state[p]
-            tensors |= {f"adam.{name}.{key}": moments[key] for key in ("exp_avg", "exp_avg_sq", "step")}
+        tensors = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
+        tensors |= {f"stepper.{name}": value for name, value in self.stepper.state().items()}
         tensors["silent"] = self.silent
-        tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
-        counters = ("step", "chunk", "images_seen", "tokens_seen")
-        facts = {key: getattr(self, key) for key in counters}
-        facts["metrics"] = self.metrics
-        meta = {"run": json.dumps(facts)}
-        write_atomic(self.folder / CHECKPOINT, lambda path: save_file(tensors, path, meta))
-        write_metrics(self.folder, self.metrics)
+        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        run = {
+            "inputs": digest(self.stage.inputs),
+            "step": self.step,
+            "tokens_seen": self.tokens_seen,
+            "position": self.position,
+            "metrics": self.metrics,
+        }
+        write_atomic(self.checkpoint, lambda path: save_file(tensors, path, {"run": json.dumps(run)}))
+        write_metrics(self.stage.path, self.metrics)
 
     def _restore(self) -> None:
-        with safe_open(self.folder / CHECKPOINT, framework="pt") as file:
-            facts = json.loads(file.metadata()["run"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        for key, value in facts.items():
-            setattr(self, key, value)
-        device = self.backbone.device
-        for name, p in self.sae.named_parameters():
-            p.data = tensors[f"sae.{name}"].to(device)
-            moments = {
-                key: tensors[f"adam.{name}.{key}"].to(device) for key in ("step", "exp_avg", "exp_avg_sq")
-            }
-            self.adam.state[p] = moments
-        self.silent = tensors["silent"].to(device)
+        try:
+            with safe_open(self.checkpoint, framework="pt") as file:
+                run = json.loads(file.metadata()["run"])
+                if run["inputs"] != digest(self.stage.inputs):
+                    raise ValueError("it is of another run")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # the weights come first: the stepper may keep them in a form of its own
+            self.sae.load_state_dict(_part(tensors, "sae."))
+            self.stepper = self._stepper()
+            self.stepper.restore(_part(tensors, "stepper."))
+            self.silent.copy_(tensors["silent"])
+            self.step, self.tokens_seen, self.metrics = run["step"], run["tokens_seen"], run["metrics"]
+            self.position = Position(*run["position"])
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise PatchSAEError(
+                f"'{self.checkpoint}' is no checkpoint of this run ({reason}); delete it to start over."
+            ) from error
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+class _Log:
+    """Measure the steps that are logged: rows of the metrics table, and TensorBoard if asked."""
+
+    def __init__(self, config: TrainConfig, folder: Path, ranks: Ranks, step: int, tokens: int):
+        self.ranks, self.tokens, self.time = ranks, tokens, time.perf_counter()
+        self.writer = None
+        if config.tensorboard and ranks.first:
+            # what a killed run wrote after its checkpoint is purged
+            self.writer = _tensorboard()(folder / "tensorboard", purge_step=step + 1)
+
+    def row(
+        self, counts: dict[str, int], batch: TokenBatch, step: Step, dead: Tensor, lr: float
+    ) -> dict[str, float]:
+        """Return one row; every process takes part, `counts` are step, images and tokens seen."""
+        x, gap = batch.x, (step.output - batch.x).square()
+        # the unit of Table 2 whatever was trained on: unweighted, (x̂ - x)² / ‖x‖
+        mse = gap.mean(-1) / x.norm(dim=-1).clamp(min=1e-8)
+        cosine = torch.cosine_similarity(x, step.output, dim=-1)
+        sums = [value.double().sum() for value in (mse, cosine, gap, x.double().square())]
+        sums = self.ranks.sum(torch.cat([torch.stack(sums), x.double().sum(0)]))
+        mse, cosine, error, square = sums[:4].tolist()
+        spread = square - sums[4:].square().sum().item() / batch.tokens
+        now = time.perf_counter()
+        row = counts | {
+            "mse": mse / batch.tokens,
+            "fvu": error / spread if spread > 0 else math.nan,
+            "cosine": cosine / batch.tokens,
+            "l0": step.l0,
+            "l1": step.activation,
+            "ghost": step.ghost,
+            "dead_share": dead.float().mean().item(),
+            "lr": lr,
+            "tokens_per_second": (counts["tokens"] - self.tokens) / (now - self.time),
+        }
+        self.tokens, self.time = counts["tokens"], now
+        if self.writer:
+            for key, value in row.items():
+                self.writer.add_scalar(key, value, counts["step"])
+        return row
+
+    def close(self) -> None:
+        if self.writer:
+            self.writer.close()
+
+
+def _tensorboard() -> type:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise PatchSAEError(
+            "tensorboard=True needs the package tensorboard; "
+            "run 'pip install tensorboard', or leave tensorboard=False."
+        ) from error
+    return SummaryWriter
+
+
+def initial_bias(tokens: Tensor, kind: BiasInit) -> Tensor:
+    """Compute the start of b_dec [d] from the tokens [I, T, d] of some images."""
+    points = tokens.flatten(0, 1)
+    match kind:
+        case BiasInit.ZEROS:
+            return points.new_zeros(points.shape[1])
+        case BiasInit.MEAN:
+            return points.mean(0)
+        case BiasInit.GEOMETRIC_MEDIAN:
+            return geometric_median(points)
+        case BiasInit.GEOMETRIC_MEDIAN_IMAGES:
+            return geometric_median_images(tokens)
 
 
 def write_metrics(folder: Path, rows: list[dict[str, float]]) -> None:

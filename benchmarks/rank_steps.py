@@ -1,0 +1,44 @@
+"""Steps of one process of several: `torchrun --nproc-per-node 2 rank_steps.py D_IN D_SAE TOKENS`.
+
+Process 0 prints tokens per second of all processes together, median over the steps.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from statistics import median
+
+import torch
+from torch import distributed
+
+from patchsae.ranks import join
+from patchsae.sae import SAE, SAEConfig
+from patchsae.sparse import Stepper
+
+STEPS, DISCARDED = 8, 3
+
+
+def main(d_in: int, d_sae: int, tokens: int) -> None:
+    """Take steps on this process's share of a batch of random tokens."""
+    ranks = join("cpu")
+    torch.set_num_threads(max(1, torch.get_num_threads() // ranks.world))
+    sae = SAE(SAEConfig(d_in, d_sae / d_in, ghost=False), seed=0)
+    sae.b_enc.data -= 2.3  # of unit rows and tokens of variance 1: one latent in a hundred fires
+    stepper = Stepper(sae, group=ranks.group)
+    x = torch.randn(tokens, d_in, generator=torch.Generator().manual_seed(0))[ranks.rank :: ranks.world]
+    seconds = []
+    for _ in range(STEPS):
+        ranks.wait()
+        started = time.perf_counter()
+        stepper.step(x, 1e-6)
+        ranks.wait()
+        seconds.append(time.perf_counter() - started)
+    if ranks.first:
+        print(tokens / median(seconds[DISCARDED:]))
+    if ranks.group is not None:
+        distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*(int(argument) for argument in sys.argv[1:4]))

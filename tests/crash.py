@@ -1,0 +1,95 @@
+"""Kill a training process again and again, from a process of its own: see test_crash.py.
+
+Workers import this file anew, so what is heavy is imported in functions.
+"""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+
+def train(root: Path, options: dict) -> None:
+    """Train the SAE of these tests under `root`."""
+    from tiny import CONFIG, tiny_backbone, tiny_images
+
+    from patchsae.sae import SAEConfig
+    from patchsae.training import train_sae
+
+    config = CONFIG.__class__(**vars(CONFIG) | {"images": 480, "log_every": 5} | options)
+    train_sae(tiny_images(), tiny_backbone(), SAEConfig(d_in=32, expansion=4), config, root, progress=False)
+
+
+def in_child(root: Path, options: dict) -> int:
+    """Start training in a child process, which does not import everything again."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        train(root, options)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def steps_saved(root: Path) -> int:
+    """Read from the checkpoint's header how far it is."""
+    for path in root.glob("sae-*/checkpoint.safetensors"):
+        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            return json.loads(header["__metadata__"]["run"])["step"]
+    return 0
+
+
+def children(pid: int) -> list[int]:
+    with contextlib.suppress(OSError):
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def kill_and_resume(root: Path, options: dict, seed: int) -> dict:
+    """Kill five times at random moments, then let it finish; say what happened."""
+    draw = random.Random(seed)
+    # the first dies while it starts, when workers are not yet ready; the others at a random step's
+    # random moment, in a step, a save or the reading of images
+    goals = [None, *sorted(draw.sample(range(5, 180), 4))]
+    died_at, orphans = [], set()
+    for goal in goals:
+        pid = in_child(root, options)
+        if goal is None:
+            time.sleep(draw.uniform(0.0, 1.5 if options.get("workers") else 0.2))
+        else:
+            while steps_saved(root) < goal and os.waitpid(pid, os.WNOHANG) == (0, 0):
+                time.sleep(0.002)
+            time.sleep(draw.uniform(0, 0.03))
+        orphans |= set(children(pid))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        died_at.append(steps_saved(root))
+    status = os.waitpid(in_child(root, options), 0)[1]
+    deadline = time.monotonic() + 10  # torch's workers look for their parent every 5 s
+    while any(map(alive, orphans)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    left = sum(map(alive, orphans))
+    return {"died_at": died_at, "status": status, "workers_seen": len(orphans), "workers_left": left}
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(__file__))
+    import tiny  # noqa: F401  (once, before the forks)
+
+    folder, given, number = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
+    whole = os.waitpid(in_child(folder / "whole", given), 0)[1]
+    print(json.dumps({"whole": whole} | kill_and_resume(folder / "cut", given, number)))
