@@ -9,7 +9,6 @@ the machine's speed hits all alike. Figures are medians over the rounds; the fir
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
 import os
@@ -21,16 +20,15 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import peers
 import torch
+from measure import Row, forget_peak, resident, row, say
 from workload import FULL, QUICK, Problem, Workload, load_workload, make_workload, save_workload
 
 from patchsae.errors import PatchSAEError
 from patchsae.sparse_cpu import has_bf16_units
 
-Row = dict[str, Any]
 Seconds = dict[str, list[float]]  # competitor -> one figure per round
 
 FLOAT32, BF16, AUTO, DENSE = peers.OURS
@@ -41,6 +39,7 @@ GOALS = {  # (latents, L0, competitor) -> how many times the best other package'
     (49_152, 150, BF16): 12.0,
 }
 GHOST_GOAL, DENSITY_GOAL, MEMORY_GOAL = 2.5, 1.0, 2.22
+PAUSE = 0.05  # s: OpenMP's threads go on spinning for some 10 ms after a step, at the next one's expense
 REFERENCE_L0 = 150  # TopK's backward pass holds tokens · L0 · d_in floats: gigabytes beyond
 
 
@@ -170,6 +169,7 @@ class Contest:
             names = [*names[1:], names[0]]  # nobody always takes its turn after a greedy one
             losses = {}
             for name in names:
+                time.sleep(PAUSE)
                 started = time.perf_counter()
                 losses[name] = self.competitors[name].step(x)
                 if turn >= 0:
@@ -224,24 +224,6 @@ class Contest:
             raise PatchSAEError(f"{self.title}: measured L0 is {median(measured):.1f}: another case.")
 
 
-def row(
-    name: str,
-    own: float,
-    other: float,
-    other_name: str,
-    unit: str,
-    ratios: list[float],
-    goal: float | None,
-    ratio: float | None = None,
-) -> Row:
-    """Return one row of results.json; `ratios` are the rounds', `ratio` is own / other if omitted."""
-    return {
-        **{"name": name, "ours": own, "best_other": other, "other_name": other_name, "unit": unit},
-        **{"ratio": own / other if ratio is None else ratio, "goal": goal},
-        **{"n": len(ratios), "min": min(ratios), "max": max(ratios)},
-    }
-
-
 def ours() -> list[str]:
     """Return our ways of taking the sparse step on this machine."""
     return [FLOAT32, BF16] if has_bf16_units() else [FLOAT32]
@@ -258,11 +240,6 @@ def setting(workload: Workload, problem: Problem) -> peers.Setting:
     return peers.Setting(problem.tokens, round(problem.l0), dead=dead)
 
 
-def say(text: str) -> None:
-    """Show progress at once, also through a pipe."""
-    print(text, flush=True)
-
-
 def peak(name: str, path: Path, problem: Problem, steps: int = 2) -> float:
     """Measure in this process how far steps raise resident memory above that before the model: in MB."""
     # imports, compilation and thread pools cost memory whatever the size: they come before the zero point
@@ -270,14 +247,11 @@ def peak(name: str, path: Path, problem: Problem, steps: int = 2) -> float:
     trial = make_workload(small)
     peers.make(name, trial.weights, setting(trial, small)).step(trial.batches[0])
     workload = load_workload(path)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # or the model would move into pages that are resident but free
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark forgets the imports
+    before = forget_peak()
     competitor = peers.make(name, workload.weights, setting(workload, problem))
     for turn in range(steps):  # Adam's moments exist from the second on
         competitor.step(workload.batches[turn % len(workload.batches)])
-    return _resident("VmHWM") - before
+    return resident("VmHWM") - before
 
 
 def _peak_elsewhere(title: str, name: str, path: Path, problem: Problem) -> float:
@@ -292,13 +266,6 @@ def _peak_elsewhere(title: str, name: str, path: Path, problem: Problem) -> floa
 
 def _phases(competitor: peers.Competitor) -> dict[str, float]:
     return competitor.stepper.seconds if isinstance(competitor, peers.Ours) else {}
-
-
-def _resident(key: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024 / 1e6
-    raise PatchSAEError(f"/proc/self/status has no {key}; memory is measured on Linux only.")
 
 
 def _command_line() -> None:

@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 from statistics import median
-from typing import Any
+
+from measure import Row, row
 
 from patchsae.errors import PatchSAEError
 
@@ -16,28 +17,18 @@ SIZES = [(128, 2_048, 8_192), (768, 12_288, 4_096)]
 ROUNDS = 3
 
 
-def run() -> list[dict[str, Any]]:
+def run() -> list[Row]:
     """Measure one and two processes in turn; two share the cores that one has for itself."""
     return [compare(*size) for size in SIZES]
 
 
-def compare(d_in: int, d_sae: int, tokens: int) -> dict[str, Any]:
+def compare(d_in: int, d_sae: int, tokens: int) -> Row:
     """Return one row: tokens per second of two processes against one."""
     rounds = [(_speed(1, d_in, d_sae, tokens), _speed(2, d_in, d_sae, tokens)) for _ in range(ROUNDS)]
     one, two = (median(values) for values in zip(*rounds, strict=True))
     ratios = [b / a for a, b in rounds]
-    return {
-        "name": f"data parallel, 2 processes, {d_sae:,} latents, {tokens:,} tokens a step",
-        "ours": round(two),
-        "best_other": round(one),
-        "other_name": "1 process on the same cores",
-        "unit": "tokens/s",
-        "ratio": two / one,
-        "goal": None,
-        "n": ROUNDS,
-        "min": min(ratios),
-        "max": max(ratios),
-    }
+    name = f"data parallel, 2 processes, {d_sae:,} latents, {tokens:,} tokens a step"
+    return row(name, two, one, "1 process on the same cores", "tokens/s", ratios, None)
 
 
 def _speed(processes: int, *size: int) -> float:

@@ -1,144 +1,155 @@
-"""Every field of the atlas against a naive dense computation, and merging in any order."""
+"""The pass over an image set: against a dense one, resumed, by two processes, with broken images."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import xarray as xr
+from PIL import Image
+from tiny import tiny_backbone, tiny_images
 
-from patchsae.atlas import Accumulator, AtlasConfig, pick_regions, purity, reference_entropy
+from patchsae import atlas as atlas_module
+from patchsae.accumulator import Accumulator
+from patchsae.atlas import AtlasConfig, make_atlas
 from patchsae.errors import PatchSAEError
-from patchsae.localization import mass_inside, patch_cover, upsample
+from patchsae.images import FolderImages
+from patchsae.sae import SAE, SAEConfig
 
-N, T, S, C, K = 60, 7, 13, 5, 4
+CONFIG = AtlasConfig(k=4, top=6)
+
+
+def tiny_sae(**config) -> SAE:
+    sae = SAE(SAEConfig(d_in=32, expansion=4, **config), seed=1)
+    sae.b_enc.data -= 0.5
+    return sae
+
+
+def make(root: Path, config: AtlasConfig = CONFIG, images=None, **options) -> xr.Dataset:
+    images = images or tiny_images()
+    return make_atlas(
+        tiny_sae(), tiny_backbone(), images, config, root, "tiny", 8, progress=False, **options
+    )
 
 
 @pytest.fixture(scope="module")
-def latents():
-    draw = torch.Generator().manual_seed(0)
-    f = torch.randn(N, T, S, generator=draw).sub(0.9).relu()
-    f[:, :, 3] = 0  # a dead latent
-    f[5, :, 6] = f[4, :, 6]  # a tie
-    labels = torch.randint(0, C, (N,), generator=draw)
-    return f, labels
+def atlas(tmp_path_factory) -> xr.Dataset:
+    return make(tmp_path_factory.mktemp("atlas"))
 
 
-def accumulate(f, labels, parts) -> Accumulator:
-    sums = Accumulator(S, C, AtlasConfig(k=K))
-    for part in parts:
-        one = Accumulator(S, C, AtlasConfig(k=K))
-        one.update(f[part], labels[part], torch.as_tensor(part))
-        sums.merge(one)
-    return sums
+@pytest.mark.parametrize("activation", [{}, {"activation": "topk", "k": 7}])
+def test_the_pass_equals_a_dense_one(tmp_path, activation):
+    sae, backbone, images = tiny_sae(**activation), tiny_backbone(), tiny_images()
+    atlas = make_atlas(sae, backbone, images, CONFIG, tmp_path, "x", 8, progress=False)
+    batch = images.load(range(len(images)))
+    with torch.no_grad():
+        f = sae.encode(backbone.residual(backbone.normalize(batch.images))).double().numpy()  # [N, T, S]
+    label, mean, over = batch.labels.numpy(), f.mean(1), f > 0.2
+    assert atlas.attrs["images"] == len(images) and atlas.attrs["tokens"] == f.shape[0] * f.shape[1]
+    silent = ~(f > 0).any((0, 1))
+    np.testing.assert_allclose(atlas.frequency, (mean > 0).mean(0))
+    np.testing.assert_allclose(atlas.frequency_tau, over.any(1).mean(0))
+    np.testing.assert_allclose(atlas.token_frequency, (f > 0).mean((0, 1)))
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_allclose(atlas.mean_activation, mean.sum(0) / (mean > 0).sum(0), rtol=1e-4)
+        expected = f.sum((0, 1)) / (f > 0).sum((0, 1))
+        np.testing.assert_allclose(atlas.mean_token_activation, expected, rtol=1e-4)
+    assert np.isnan(atlas.entropy.values[silent]).all()
+    np.testing.assert_array_equal(atlas.dataset_count, over.sum((0, 1)))
+    cls = over[:, backbone.token_kind == "cls"].sum((0, 1))
+    np.testing.assert_array_equal(atlas.class_count_kind.sel(kind="cls").sum("klass"), cls)
+    for c in range(len(images.classnames)):
+        np.testing.assert_array_equal(atlas.class_count[c], over[label == c].sum((0, 1)))
+        np.testing.assert_allclose(atlas.class_sum[c], mean[label == c].sum(0), rtol=1e-4, atol=1e-7)
+    assert atlas.class_images.values.tolist() == np.bincount(label).tolist()
+    assert all("units" in v.attrs for v in atlas.data_vars.values())
 
 
-def test_every_field_equals_the_naive_computation(latents):
-    f, labels = latents
-    sums = Accumulator(S, C, AtlasConfig(k=K))
-    for start in range(0, N, 16):
-        part = torch.arange(start, min(start + 16, N))
-        sums.update(f[part], labels[part], part)
-    atlas = sums.dataset(tuple("abcde"))
-    dense, label = f.double().numpy(), labels.numpy()
-    mean = f.mean(1).double().numpy()
-    np.testing.assert_allclose(atlas.frequency, (dense.max(1) > 0).mean(0))
-    np.testing.assert_allclose(atlas.token_frequency, (dense > 0).mean((0, 1)))
-    for s in range(S):
-        active = mean[:, s] > 0
-        row = atlas.isel(latent=s)
-        if s == 3:
-            assert np.isnan(row.mean_activation) and np.isnan(row.entropy)
-            assert np.isnan(row.entropy_references) and (row.top_index == -1).all()
-            continue
-        np.testing.assert_allclose(row.mean_activation, mean[active, s].mean(), rtol=1e-6)
-        for c in range(C):
-            assert row.class_count[c] == (dense[label == c, :, s] > 0.2).sum()
-            np.testing.assert_allclose(row.class_sum[c], mean[label == c, s].sum(), rtol=1e-6, atol=1e-12)
-        best = sorted(range(N), key=lambda i: (-mean[i, s], i))[:K]
-        assert row.top_index.values.tolist() == best
-        assert row.top_label.values.tolist() == label[best].tolist()
-        p = np.array([mean[label == c, s].sum() for c in range(C)])
-        p = p[p > 0] / p.sum()
-        np.testing.assert_allclose(row.entropy, -(p * np.log(p)).sum(), rtol=1e-6)
-        value = mean[best, s]
-        q = np.array([value[label[best] == c].sum() for c in set(label[best])]) / value.sum()
-        np.testing.assert_allclose(row.entropy_references, -(q * np.log(q)).sum(), rtol=1e-5, atol=1e-7)
-        w = value / value.sum()
-        centre = (w * label[best]).sum()
-        np.testing.assert_allclose(
-            row.label_std, np.sqrt((w * (label[best] - centre) ** 2).sum()), rtol=1e-5
-        )
+def test_a_second_call_reads_what_is_there(tmp_path, monkeypatch):
+    first = make(tmp_path)
+    monkeypatch.setattr(Accumulator, "update", None)
+    assert make(tmp_path).identical(first)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_any_partition_merged_in_any_order_is_the_same(latents, seed):
-    f, labels = latents
-    rng = np.random.default_rng(seed)
-    cuts = np.sort(rng.choice(np.arange(1, N), 4, replace=False))
-    parts = np.split(rng.permutation(N), cuts)
-    whole, split = accumulate(f, labels, [np.arange(N)]), accumulate(f, labels, parts)
-    for name in ("images", "tokens", "class_images", "active_images", "active_tokens", "class_count"):
-        np.testing.assert_array_equal(getattr(whole, name), getattr(split, name))
-    for name in ("top_value", "top_index", "top_label"):
-        np.testing.assert_array_equal(getattr(whole, name), getattr(split, name))
-    np.testing.assert_allclose(whole.class_sum, split.class_sum, rtol=1e-12)
+def test_a_killed_pass_goes_on(tmp_path, atlas, monkeypatch):
+    monkeypatch.setattr(atlas_module, "SAVE_SHARE", 1e9)  # save after every batch
+    real, calls = Accumulator.update, []
+
+    def update(self, *args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        real(self, *args)
+
+    monkeypatch.setattr(Accumulator, "update", update)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path)
+    assert len(list(tmp_path.glob("atlas-*/part-*"))) == 1 and not list(tmp_path.glob("atlas-*/manifest*"))
+    again = make(tmp_path)
+    assert len(calls) == 4 + 2  # 40 images in batches of 8, three batches saved
+    assert not list(tmp_path.glob("atlas-*/part-*"))
+    assert again.identical(atlas)
 
 
-def test_reference_entropy_is_zero_for_one_label_and_log_k_for_equal_shares():
-    value = np.ones((4, 2))
-    label = np.array([[1, 0], [1, 1], [1, 2], [1, 3]])
-    np.testing.assert_allclose(reference_entropy(value, label), [0, np.log(4)], atol=1e-12)
+def test_two_processes_make_the_atlas_of_one(tmp_path, atlas):
+    code = "import sys, test_atlas; from pathlib import Path; test_atlas.make(Path(sys.argv[1]))"
+    script = tmp_path / "run.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); {code}")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(script), str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (path,) = tmp_path.glob("atlas-*/atlas.zarr")
+    two = xr.open_zarr(path, consolidated=False).load()
+    assert two.attrs == atlas.attrs
+    for name, expected in atlas.data_vars.items():
+        np.testing.assert_allclose(two[name], expected, rtol=1e-6, err_msg=name)
 
 
-def test_purity_of_random_labels_is_the_null_and_of_pure_ones_is_one():
+@pytest.fixture
+def folder(tmp_path) -> FolderImages:
     rng = np.random.default_rng(0)
-    random = purity(rng.integers(0, 20, (10, 400)))
-    assert abs(random.observed.mean() - random.null.mean()) < 4 * random.null.std() + 0.01
-    pure = purity(np.repeat(rng.integers(0, 20, (1, 400)), 10, 0))
-    assert (pure.observed == 1).all() and pure.null.mean() < 0.4
+    for c in range(3):
+        (tmp_path / f"class {c}").mkdir()
+        for i in range(4):
+            pixels = rng.integers(0, 255, (112, 112, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"class {c}" / f"{i}.png")
+    broken = tmp_path / "class 1" / "2.png"
+    broken.write_bytes(broken.read_bytes()[:500])
+    return FolderImages(tmp_path, 112, "test")
 
 
-def test_regions_follow_their_rule(latents):
-    f, labels = latents
-    atlas = accumulate(f, labels, [np.arange(N)]).dataset(tuple("abcde"))
-    frequency, mean = np.random.default_rng(0).random((2, S))
-    atlas["frequency"], atlas["mean_activation"] = ("latent", frequency), ("latent", mean)
-    picked = pick_regions(atlas)
-    full = (atlas.top_index.values >= 0).all(0)
-    assert not full[3]
-    (rare, often), (weak, strong) = (np.quantile(v[full], (1 / 3, 2 / 3)) for v in (frequency, mean))
-    spread = atlas.entropy.values
-    members = {
-        "a": np.flatnonzero(full & (frequency <= rare) & (mean <= weak)),
-        "c": np.flatnonzero(full & (frequency >= often) & (mean >= strong)),
-    }
-    assert any(len(found) for found in members.values())
-    for name, found in members.items():
-        assert (name in picked) == bool(len(found))
-        if len(found):
-            assert picked[name] == found[spread[found].argmax()]
-    if "d" in picked:
-        assert picked["d"] == members["c"][spread[members["c"]].argmin()]
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_is_skipped_counted_and_named(tmp_path, folder, workers):
+    atlas = make(tmp_path / "out", images=folder, workers=workers)
+    assert atlas.attrs["images"] == 11 and atlas.class_images.values.tolist() == [4, 3, 4]
+    assert (atlas.image_latent[6] == -1).all() and 6 not in atlas.top_index
+    (manifest,) = (tmp_path / "out").glob("atlas-*/manifest.json")
+    (skipped,) = json.loads(manifest.read_text())["facts"]["skipped"]
+    assert skipped["image"] == 6 and "class 1/2.png" in skipped["why"]
+    with pytest.raises(PatchSAEError, match="class 1/2.png"):
+        make(tmp_path / "strict", replace(CONFIG, on_error="raise"), folder)
 
 
-def test_mass_inside_splits_by_the_mask():
-    f = torch.zeros(2, 4, 3)
-    f[0, 1, 0], f[0, 2, 0], f[1, :, 1] = 3.0, 1.0, 2.0
-    cover = torch.tensor([[0.0, 1.0, 0.5, 0.0], [1.0, 0.0, 0.0, 0.0]])
-    found = mass_inside(f, cover)
-    np.testing.assert_allclose(found.inside, [3.5, 2.0, 0.0])
-    np.testing.assert_allclose(found.total, [4.0, 8.0, 0.0])
-    np.testing.assert_allclose(found.expected, [4 * 0.375, 8 * 0.25, 0.0])
-
-
-def test_patch_cover_and_upsample():
-    masks = torch.zeros(1, 8, 8, dtype=torch.bool)
-    masks[0, :4, :2] = True
-    assert patch_cover(masks, (2, 2)).tolist() == [[0.5, 0.0, 0.0, 0.0]]
-    enlarged = upsample(torch.tensor([1.0, 0, 0, 2.0]), (2, 2), 8)
-    assert enlarged[:4, :4].min() == 1 and enlarged[4:, 4:].max() == 2 and enlarged[0, 7] == 0
-
-
-def test_bad_input_is_named():
+def test_bad_input_is_named(tmp_path):
+    images = tiny_images()
     with pytest.raises(PatchSAEError, match="tau=-0.1"):
         AtlasConfig(tau=-0.1)
     with pytest.raises(PatchSAEError, match="k=0"):
         AtlasConfig(k=0)
+    with pytest.raises(PatchSAEError, match="on_error='stop'.*skip, raise"):
+        AtlasConfig(on_error="stop")
+    with pytest.raises(PatchSAEError, match="k=41 references .* 40 images"):
+        make(tmp_path, AtlasConfig(k=41))
+    some = images.subset(np.flatnonzero(images.labels != 3))
+    with pytest.raises(PatchSAEError, match="no image in"):
+        make(tmp_path, images=some)
+    assert make(tmp_path, AtlasConfig(k=4, empty_classes=True), some).class_images[3] == 0
+    images.labels = np.where(images.labels == 2, 99, images.labels)
+    with pytest.raises(PatchSAEError, match="label 99, but there are 10 class names"):
+        make(tmp_path, images=images)

@@ -1,27 +1,43 @@
-"""Every per-latent statistic of an image set in one streaming pass.
-
-Accumulators merge: the statistics of A ∪ B are merge(A, B), exactly for counts and top-k lists and to
-float64 rounding for sums. No array ever has an image, a token and a latent axis beyond one batch.
-"""
+"""Every per-latent statistic of an image set in one streaming pass, resumable and shared by processes."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import xarray as xr
-from scipy.stats import entropy
 from torch import Tensor
 
+from .accumulator import EDGES, Accumulator
 from .activations import Tokens, token_columns
 from .backbone import Backbone
 from .errors import PatchSAEError
 from .images import ImageSet
+from .label_statistics import label_entropy, label_std, reference_entropy, reference_std
+from .loading import Source, read_batches
+from .progress import progress_bar
+from .ranks import Ranks, join
 from .sae import SAE
+from .sparse import latent_lists
 from .stage import Stage
+from .stream import choose
+
+ATLAS = "atlas.zarr"
+SAVE_SHARE = 0.03  # of the time may go into saving what a killed pass would lose
+CHUNK = 4096  # latents per piece on disk
+
+
+class OnError(StrEnum):
+    """What an image that cannot be read does to the pass."""
+
+    SKIP = "skip"  # it is counted and named in the manifest
+    RAISE = "raise"  # it ends the pass
 
 
 @dataclass(frozen=True)
@@ -32,172 +48,27 @@ class AtlasConfig:
     """Threshold τ of Eq. 4 above which a token counts as active."""
     k: int = 10
     """Reference images kept per latent."""
+    top: int = 10
+    """Latents kept per image."""
     tokens: Tokens = Tokens.ALL
     """Which tokens of an image are aggregated."""
+    include_prompt_tokens: bool = False
+    """Whether a MaPLe backbone's prompt tokens are too, as in the released code (facts.md §1.4)."""
+    on_error: OnError = OnError.SKIP
+    """Whether an unreadable image is left out or ends the pass."""
+    empty_classes: bool = False
+    """Whether classes without an image are allowed, as in a sample of a set."""
 
     def __post_init__(self):
         if not self.tau >= 0:
             raise PatchSAEError(f"tau={self.tau} must not be negative; the paper uses 0.2.")
-        if self.k < 1:
-            raise PatchSAEError(f"k={self.k} must be at least 1.")
-        object.__setattr__(self, "tokens", Tokens(self.tokens))
+        for name in ("k", "top"):
+            if getattr(self, name) < 1:
+                raise PatchSAEError(f"{name}={getattr(self, name)} must be at least 1.")
+        choose(self, "tokens", Tokens)
+        choose(self, "on_error", OnError)
 
 
-class Accumulator:
-    """Sums, counts and top-k lists over the images seen so far."""
-
-    def __init__(self, n_latents: int, n_classes: int, config: AtlasConfig):
-        self.config = config
-        self.images, self.tokens = 0, 0
-        self.class_images = np.zeros(n_classes, np.int64)
-        self.active_images = np.zeros(n_latents, np.int64)
-        self.active_tokens = np.zeros(n_latents, np.int64)
-        self.class_count = np.zeros((n_classes, n_latents), np.int64)
-        self.class_sum = np.zeros((n_classes, n_latents), np.float64)
-        self.top_value = np.zeros((config.k, n_latents), np.float32)
-        self.top_index = np.full((config.k, n_latents), -1, np.int64)
-        self.top_label = np.full((config.k, n_latents), -1, np.int64)
-
-    def update(self, f: Tensor, labels: Tensor, indices: Tensor) -> None:
-        """Add a batch of latents [B, T, S] with labels [B] and image indices [B]."""
-        label = labels.numpy()
-        mean = f.mean(1).cpu().numpy()  # [B, S] the image-level activation of the released code
-        count = (f > self.config.tau).sum(1).cpu().numpy()  # [B, S] that of Eq. 5
-        self.images += len(f)
-        self.tokens += f.shape[0] * f.shape[1]
-        self.class_images += np.bincount(label, minlength=len(self.class_images))
-        self.active_images += (mean > 0).sum(0)
-        self.active_tokens += (f > 0).sum((0, 1)).cpu().numpy()
-        np.add.at(self.class_count, label, count)
-        np.add.at(self.class_sum, label, mean)
-        wide = np.broadcast_to
-        self._keep_best(mean, wide(indices.numpy()[:, None], mean.shape), wide(label[:, None], mean.shape))
-
-    def merge(self, other: Accumulator) -> Accumulator:
-        """Add what another accumulator saw; return self."""
-        for name in ("images", "tokens", "class_images", "active_images", "active_tokens"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.class_count += other.class_count
-        self.class_sum += other.class_sum
-        self._keep_best(other.top_value, other.top_index, other.top_label)
-        return self
-
-    def _keep_best(self, value: np.ndarray, index: np.ndarray, label: np.ndarray) -> None:
-        # an image that leaves a latent silent is no reference for it, and ties go to the lower index
-        index = np.where(value > 0, index, -1)
-        value = np.concatenate([self.top_value, np.where(value > 0, value, 0)])
-        index = np.concatenate([self.top_index, index])
-        label = np.concatenate([self.top_label, np.where(index[self.config.k :] >= 0, label, -1)])
-        best = np.lexsort((index, -value), axis=0)[: self.config.k]
-        self.top_value = np.take_along_axis(value, best, 0)
-        self.top_index = np.take_along_axis(index, best, 0)
-        self.top_label = np.take_along_axis(label, best, 0)
-
-    def dataset(self, classnames: tuple[str, ...]) -> xr.Dataset:
-        """Return the statistics as a labelled dataset (dimensions latent, klass, rank)."""
-        mass = self.class_sum.sum(0)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            mean_activation = mass / self.active_images
-        refs = {"latent": np.arange(len(mass)), "klass": list(classnames)}
-        refs["rank"] = np.arange(self.config.k)
-        latent = {
-            "frequency": (self.active_images / self.images, "share of images"),
-            "token_frequency": (self.active_tokens / self.tokens, "share of tokens"),
-            "mean_activation": (mean_activation, "image mean over active images"),
-            "entropy": (label_entropy(self.class_sum), "nat, over all images (Eq. 3)"),
-            "entropy_references": (
-                reference_entropy(self.top_value, self.top_label),
-                "nat, over the reference images (released code)",
-            ),
-            "label_std": (reference_std(self.top_value, self.top_label), "label number"),
-        }
-        data = {name: ("latent", value, {"units": unit}) for name, (value, unit) in latent.items()}
-        for name, unit in (("value", "image mean"), ("index", "image"), ("label", "class number")):
-            data[f"top_{name}"] = (("rank", "latent"), getattr(self, f"top_{name}"), {"units": unit})
-        data["class_count"] = (("klass", "latent"), self.class_count, {"units": "tokens above tau"})
-        data["class_sum"] = (("klass", "latent"), self.class_sum, {"units": "sum of image means"})
-        data["class_images"] = (("klass",), self.class_images, {"units": "images"})
-        attrs = {"images": self.images, "tokens": self.tokens, "tau": self.config.tau}
-        return xr.Dataset(data, refs, attrs)
-
-
-def label_entropy(class_sum: np.ndarray) -> np.ndarray:
-    """Compute Eq. 3 from summed activations [classes, latents]: nat, NaN for silent latents."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return entropy(class_sum, axis=0)
-
-
-def reference_entropy(value: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """Compute Eq. 3 over the reference images [k, latents] alone (facts.md §4.6)."""
-    same = label[:, None] == label[None]  # [k, k, latents]
-    mass = (same * value[None]).sum(1)  # the summed activation of each reference's label
-    with np.errstate(invalid="ignore", divide="ignore"):
-        p = value / value.sum(0)
-        result = -(np.where(p > 0, p * np.log(np.where(p > 0, mass / value.sum(0), 1)), 0)).sum(0)
-    return np.where(value.sum(0) > 0, result + 0.0, np.nan)
-
-
-def reference_std(value: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """Compute the activation-weighted standard deviation of the references' label numbers.
-
-    It depends on the order of labels, which is the official order of Unicode or WordNet ids.
-    """
-    with np.errstate(invalid="ignore", divide="ignore"):
-        p = value / value.sum(0)
-        centre = (p * label).sum(0)
-        return np.sqrt((p * (label - centre) ** 2).sum(0))
-
-
-def pick_regions(atlas: xr.Dataset) -> dict[str, int]:
-    """Pick one latent from each of four regions of the Fig. 3 scatter, by rule.
-
-    Among latents with a full set of references, the lowest and highest thirds of frequency and of mean
-    activation are 'rare', 'frequent', 'weak' and 'strong': (a) rare and weak with the highest label
-    entropy, (b) rare and strong with the lowest, (c) frequent and strong with the highest, (d) frequent
-    and strong with the lowest. Ties go to the lower number; a region without latents is left out.
-    """
-    full = (atlas.top_index.values >= 0).all(0)
-    frequency, mean, spread = (atlas[v].values for v in ("frequency", "mean_activation", "entropy"))
-    if not full.any():
-        raise PatchSAEError(
-            "no latent has a full set of reference images; take the atlas over more images."
-        )
-    (rare, often), (weak, strong) = (np.quantile(v[full], (1 / 3, 2 / 3)) for v in (frequency, mean))
-    regions = {
-        "a": ((frequency <= rare) & (mean <= weak), spread),
-        "b": ((frequency <= rare) & (mean >= strong), -spread),
-        "c": ((frequency >= often) & (mean >= strong), spread),
-        "d": ((frequency >= often) & (mean >= strong), -spread),
-    }
-    return {
-        name: int(np.where(full & where, score, -np.inf).argmax())
-        for name, (where, score) in regions.items()
-        if (full & where).any()
-    }
-
-
-class Purity(NamedTuple):
-    """How alike the labels of a latent's reference images are."""
-
-    observed: np.ndarray  # [latents] share of the commonest label among the references
-    null: np.ndarray  # [draws] mean over latents after permuting labels between images
-
-
-def purity(top_label: np.ndarray, draws: int = 200, seed: int = 0) -> Purity:
-    """Compare reference labels [k, latents] with the same labels dealt out at random.
-
-    Latents with fewer than k references must be left out by the caller.
-    """
-
-    def modal(labels: np.ndarray) -> np.ndarray:
-        return (labels[:, None] == labels[None]).sum(0).max(0) / len(labels)
-
-    rng = np.random.default_rng(seed)
-    null = [modal(rng.permuted(top_label.ravel()).reshape(top_label.shape)).mean() for _ in range(draws)]
-    return Purity(modal(top_label), np.array(null))
-
-
-@torch.no_grad()
 def make_atlas(
     sae: SAE,
     backbone: Backbone,
@@ -206,34 +77,253 @@ def make_atlas(
     root: str | Path,
     sae_hash: str,
     batch_size: int = 16,
+    workers: int = 0,
     progress: bool = True,
 ) -> xr.Dataset:
     """Describe every latent on an image set, or read the description if `root` holds it.
 
+    A pass that was killed goes on from what it saved last. Under torchrun all processes call this with a
+    common `root` and share the images; the result is that of one process, sums to float64 rounding.
+
     Parameters
     ----------
     sae_hash : names the SAE in the manifest, so that an atlas is never used with another one
+    workers : processes that decode images; 0 decodes here
+
+    Raises
+    ------
+    PatchSAEError : k exceeds the images; a label is outside the class names; a class is empty; an image
+        cannot be read and on_error is 'raise'; a saved part is damaged.
     """
-    if len(images) < config.k:
-        raise PatchSAEError(
-            f"k={config.k} references were asked for, but '{images.name}' has {len(images)} images."
-        )
+    check(images, config)
     inputs = {
         "images": images.fingerprint(),
         "backbone": backbone.fingerprint(),
         "sae": sae_hash,
         "config": config,
     }
-    stage = Stage.open(root, f"atlas-{images.name}", inputs)
-    path = stage.path / "atlas.zarr"
-    if not stage.done:
-        columns = torch.from_numpy(token_columns(backbone, config.tokens)).to(backbone.device)
-        sums = Accumulator(sae.d_sae, len(images.classnames), config)
-        name = f"atlas of {images.name}" if progress else None
-        for batch in images.batches(batch_size, progress=name):
-            x = backbone.residual(backbone.normalize(batch.images))[:, columns]
-            sums.update(sae.encode(x.float()), batch.labels, batch.indices)
+    stage, ranks = Stage.open(root, f"atlas-{images.name}", inputs), join(backbone.device)
+    if not ranks.agree(stage.done):
+        with stage.alone() if ranks.first else nullcontext():
+            if not ranks.agree(stage.done):
+                _Pass(sae, backbone, images, config, stage, ranks).go(batch_size, workers, progress)
+            ranks.wait()
+    return xr.open_zarr(stage.path / ATLAS, consolidated=False).load()
+
+
+def check(images: ImageSet, config: AtlasConfig) -> None:
+    """Refuse an image set that cannot be described as asked."""
+    if len(images) < config.k:
+        raise PatchSAEError(
+            f"k={config.k} references were asked for, but '{images.name}' has {len(images)} images."
+        )
+    classes = len(images.classnames)
+    outside = np.flatnonzero((images.labels < 0) | (images.labels >= classes))
+    if outside.size:
+        raise PatchSAEError(
+            f"image {outside[0]} of '{images.name}' has label {images.labels[outside[0]]}, but there are "
+            f"{classes} class names; correct its labels or name its classes."
+        )
+    empty = np.flatnonzero(np.bincount(images.labels, minlength=classes) == 0)
+    if empty.size and not config.empty_classes:
+        raise PatchSAEError(
+            f"class '{images.classnames[empty[0]]}' (and {empty.size - 1} more) has no image in "
+            f"'{images.name}'; take more images, or set empty_classes=True."
+        )
+
+
+class _Readable(Source):
+    """Images of a set with those left out that cannot be read."""
+
+    def __init__(self, images: ImageSet, on_error: OnError):
+        self.images, self.name, self.on_error = images, images.name, on_error
+
+    def read(self, indices: Sequence[int]) -> tuple[Tensor, list[int], list[tuple[int, str]]]:
+        """Return pixels uint8 [n, 3, H, W], the indices they belong to, and what failed why."""
+        try:
+            return self.images.load(indices).images.cpu(), [int(i) for i in indices], []
+        except PatchSAEError:
+            if self.on_error is OnError.RAISE:
+                raise
+        pixels, good, bad = [], [], []
+        for index in map(int, indices):
+            try:
+                pixels.append(self.images.load([index]).images.cpu())
+                good.append(index)
+            except PatchSAEError as error:
+                bad.append((index, str(error)))
+        return torch.cat(pixels) if pixels else torch.empty(0), good, bad
+
+
+class _Pass:
+    """One process's part of the pass, and the parts that are on disk."""
+
+    def __init__(
+        self,
+        sae: SAE,
+        backbone: Backbone,
+        images: ImageSet,
+        config: AtlasConfig,
+        stage: Stage,
+        ranks: Ranks,
+    ):
+        self.sae, self.backbone, self.images, self.config = sae, backbone, images, config
+        self.stage, self.ranks = stage, ranks
+        columns = token_columns(backbone, config.tokens)
+        if config.include_prompt_tokens:
+            columns = np.union1d(columns, np.flatnonzero(backbone.token_kind == "prompt"))
+        kinds = backbone.token_kind[columns]
+        self.columns = torch.from_numpy(columns).to(backbone.device)
+        self.kinds = [kind for kind in ("cls", "patch", "prompt") if kind in kinds]
+        self.kind = np.array([self.kinds.index(kind) for kind in kinds], np.int8)
+        self.skipped: dict[str, str] = {}
+
+    def go(self, batch_size: int, workers: int, progress: bool) -> None:
+        sums, own = self._accumulator(), self._part(self.ranks.rank)
+        done = self._done()
+        if own.exists():
+            self.skipped = sums.load(own)["skipped"]
+        self.ranks.wait()  # nobody writes before all have read
+        todo = np.flatnonzero(~done)
+        batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
+        saved_at, saving = time.monotonic(), 0.0
+        for seen in self._add(sums, batches[self.ranks.rank :: self.ranks.world], workers, progress):
+            began = time.monotonic()
+            if (began - saved_at) * SAVE_SHARE >= saving:
+                sums.save(own, skipped=self.skipped, images=seen)
+                saved_at = time.monotonic()
+                saving = saved_at - began
+        if self.ranks.world > 1:
+            sums.save(own, skipped=self.skipped)
+        self.ranks.wait()
+        if self.ranks.first:
+            self._finish(sums, own)
+
+    def _accumulator(self) -> Accumulator:
+        config, images = self.config, self.images
+        sizes = self.sae.d_sae, len(images.classnames), len(images)
+        return Accumulator(*sizes, self.kind, config.tau, config.k, config.top)
+
+    def _part(self, number: int) -> Path:
+        return self.stage.path / f"part-{number:04d}.safetensors"
+
+    def _done(self) -> np.ndarray:
+        """Tell which images some part has seen or skipped: bool [N]."""
+        done = np.zeros(len(self.images), bool)
+        for path in self.stage.path.glob("part-*.safetensors"):
+            part = self._accumulator_of(path)
+            done |= part[0].seen
+            done[[int(index) for index in part[1]]] = True
+        return done
+
+    def _accumulator_of(self, path: Path) -> tuple[Accumulator, dict[str, str]]:
+        sums = self._accumulator()
+        return sums, sums.load(path)["skipped"]
+
+    @torch.no_grad()
+    def _add(
+        self, sums: Accumulator, batches: list[np.ndarray], workers: int, progress: bool
+    ) -> Iterator[int]:
+        source, backbone = _Readable(self.images, self.config.on_error), self.backbone
+        bar = progress_bar(
+            total=len(self.images), initial=sums.images, desc=f"atlas of {self.images.name}",
+            unit="image", shown=progress and self.ranks.first,
+        )  # fmt: skip
+        with bar:
+            for (pixels, good, bad), batch in zip(
+                read_batches(source, batches, workers), batches, strict=True
+            ):
+                self.skipped |= {str(int(index)): why for index, why in bad}
+                if len(good):
+                    x = backbone.residual(backbone.normalize(pixels))[:, self.columns].float()
+                    lists = latent_lists(self.sae, x.flatten(0, 1))
+                    indices = np.array([int(index) for index in good])
+                    sums.update(lists, self.images.labels[indices], indices)
+                bar.update(len(batch) * (self.ranks.world if self.ranks.first else 1))
+                yield sums.images
+
+    def _finish(self, sums: Accumulator, own: Path) -> None:
+        parts = sorted(self.stage.path.glob("part-*.safetensors"))
+        for path in parts:
+            if path != own:
+                other, skipped = self._accumulator_of(path)
+                sums.merge(other)
+                self.skipped |= skipped
+        atlas = to_dataset(sums, self.images.classnames, self.kinds)
+        encoding = {
+            name: {"chunks": tuple(CHUNK if dim == "latent" else n for dim, n in v.sizes.items())}
+            for name, v in atlas.data_vars.items()
+        }
         # format 2, because format 3 has no settled way to store class names
-        sums.dataset(images.classnames).to_zarr(path, mode="w", consolidated=False, zarr_format=2)
-        stage.finish(images=sums.images, tokens=sums.tokens)
-    return xr.open_zarr(path, consolidated=False).load()
+        path = self.stage.path / ATLAS
+        atlas.to_zarr(path, mode="w", consolidated=False, zarr_format=2, encoding=encoding)
+        skipped = [{"image": int(i), "why": why} for i, why in sorted(self.skipped.items())]
+        self.stage.finish(images=sums.images, skipped=skipped)
+        for path in parts:
+            path.unlink(missing_ok=True)
+
+
+def to_dataset(sums: Accumulator, classnames: Sequence[str], kinds: Sequence[str]) -> xr.Dataset:
+    """Return an accumulator's statistics as a labelled dataset, arrays transposed to name their axes.
+
+    Dimensions: latent, klass, kind (of token), bin (of log10 activation), rank (of reference images), image
+    and place (of a latent among an image's top ones). Definitions: paper §3.2, facts.md §4.5-4.7.
+    """
+    images, per_kind = sums.images, np.bincount(sums.kind, minlength=len(kinds))
+    tokens = images * per_kind  # [K]
+    mass, active = sums.class_sum.sum(1), sums.active_tokens.sum(0)
+    value, label = sums.top_value.T, sums.top_label.T
+    with np.errstate(invalid="ignore", divide="ignore"):
+        latent = {
+            "frequency": (sums.active_images / images, "share of images with an active token"),
+            "frequency_tau": (sums.tau_images / images, "share of images with a token above tau"),
+            "token_frequency": (active / tokens.sum(), "share of tokens"),
+            "mean_activation": (mass / sums.active_images, "image mean over active images"),
+            "mean_token_activation": (sums.token_sum.sum(0) / active, "activation of active tokens"),
+            "entropy": (label_entropy(sums.class_sum.T), "nat, over all images (Eq. 3)"),
+            "entropy_references": (
+                reference_entropy(value, label),
+                "nat, over the references (released code)",
+            ),
+            "label_std": (reference_std(value, label), "label number, over the references"),
+            "label_std_all": (label_std(sums.class_sum.T), "label number, over all images"),
+            "dataset_count": (sums.class_count.sum((0, 2), np.int64), "tokens above tau (Eq. 5)"),
+        }
+    data = {name: ("latent", array, {"units": unit}) for name, (array, unit) in latent.items()}
+    add = {
+        "active_tokens": (("kind", "latent"), sums.active_tokens, "tokens"),
+        "token_sum": (("kind", "latent"), sums.token_sum, "sum of activations"),
+        "histogram": (("latent", "bin"), sums.histogram, "tokens"),
+        "class_count": (
+            ("klass", "latent"),
+            sums.class_count.sum(0, np.int64).T,
+            "tokens above tau (Eq. 4)",
+        ),
+        "class_count_kind": (
+            ("kind", "klass", "latent"),
+            sums.class_count.transpose(0, 2, 1),
+            "tokens above tau",
+        ),
+        "class_sum": (("klass", "latent"), sums.class_sum.T, "sum of image means"),
+        "class_images": (("klass",), sums.class_images, "images"),
+        "top_value": (("rank", "latent"), value, "image mean"),
+        "top_index": (("rank", "latent"), sums.top_index.T, "image"),
+        "top_label": (("rank", "latent"), label, "class number"),
+        "top_count": (("rank", "latent"), sums.top_count.T, "tokens above tau"),
+        "image_latent": (("image", "place"), sums.image_latent, "latent"),
+        "image_value": (("image", "place"), sums.image_value, "image mean"),
+        "tokens": (("kind",), tokens, "tokens"),
+    }
+    data |= {
+        name: (dims, np.ascontiguousarray(v), {"units": unit}) for name, (dims, v, unit) in add.items()
+    }
+    coordinates = {
+        "latent": np.arange(len(mass)),
+        "klass": list(classnames),
+        "kind": list(kinds),
+        "rank": np.arange(sums.top_value.shape[1]),
+        # upper edges of log10 activation; the last bin has none
+        "bin": np.append(EDGES, np.inf),
+    }
+    attrs = {"images": images, "tokens": int(tokens.sum()), "tau": float(sums.tau)}
+    return xr.Dataset(data, coordinates, attrs)

@@ -140,3 +140,48 @@ def dead_latents(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     axis.grid(alpha=0.3)
     axis.legend()
     return figure
+
+
+def activation_histograms(atlas: xr.Dataset, latents: Mapping[str, int]) -> Figure:
+    """Show how the log activations of the active tokens of some latents are distributed."""
+    figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    edges = atlas.bin.values[:-1]
+    for name, latent in latents.items():
+        counts = atlas.histogram.values[latent]
+        axis.stairs(counts[1:-1] / max(counts.sum(), 1), edges, label=f"({name}) latent {latent}")
+    axis.set(xlabel="log10 activation of a token", ylabel="share of the active tokens")
+    axis.legend()
+    return figure
+
+
+def co_activation_map(share: np.ndarray, latents: Sequence[int]) -> Figure:
+    """Show which share of a latent's images [n, n] each other latent is active in too."""
+    figure, axis = plt.subplots(figsize=(6, 5), layout="constrained")
+    picture = axis.imshow(share, vmin=0, vmax=1, cmap="magma")
+    ticks = np.arange(len(latents))
+    axis.set_xticks(ticks, latents, rotation=90, fontsize=5)
+    axis.set_yticks(ticks, latents, fontsize=5)
+    axis.set(xlabel="also among the strongest: latent", ylabel="among an image's strongest: latent")
+    figure.colorbar(picture, ax=axis, label="share of images")
+    return figure
+
+
+def reference_matrix(
+    cells: Sequence[Sequence[tuple[np.ndarray | None, str]]], rows: Sequence[str], columns: Sequence[str]
+) -> Figure:
+    """Fig. 14: one reference image per latent (row) and data set (column), statistics below each."""
+    figure, axes = plt.subplots(
+        len(rows), len(columns), figsize=(1.25 * len(columns), 1.5 * len(rows)), layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
+    for line, row, name in zip(axes, cells, rows, strict=True):
+        for axis, (image, text) in zip(line, row, strict=True):
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+            if image is not None:
+                axis.imshow(image)
+            axis.set_xlabel(text, fontsize=4.5, labelpad=2)
+        line[0].set_ylabel(name, fontsize=5.5)
+    for axis, name in zip(axes[0], columns, strict=True):
+        axis.set_title(name, fontsize=6)
+    return figure

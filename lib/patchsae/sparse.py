@@ -20,6 +20,7 @@ from .sparse_kernels import BETA1, BETA2, EPS
 # Shares of active latents, by benchmarks/: above the first the dense step is faster, above the second
 # computing the candidates again costs more than bf16 saves.
 CROSSOVER, BF16_CROSSOVER = 0.15, 0.08
+TILE = 512  # tokens encoded at a time where there is no sparse execution
 
 
 class Execution(StrEnum):
@@ -219,3 +220,33 @@ def can_be_sparse(sae: SAE, x: Tensor) -> bool:
     config = sae.config
     plain = config.activation is Activation.RELU and config.input_norm is InputNorm.NONE
     return plain and x.device.type in ("cpu", "cuda") and x.dtype == sae.W_enc.dtype == torch.float32
+
+
+@torch.no_grad()
+def latent_lists(sae: SAE, x: Tensor, bf16: bool = True) -> cpu.Lists:
+    """Encode tokens x [N, d_in] into latent-major lists of what is active, on the processor.
+
+    No [N, d_sae] array exists for a ReLU SAE; others are encoded through tiles of tokens. `bf16` allows
+    bf16 candidates where the processor or GPU has the units; the result is exact either way.
+    """
+    if can_be_sparse(sae, x):
+        if x.device.type == "cpu":
+            return cpu.forward_lists(sae, x.contiguous(), bf16)
+        from . import sparse_gpu
+
+        shifted = x - sae.b_dec if sae.config.subtract_b_dec else x
+        found = sparse_gpu.active_set(shifted.contiguous(), sae.W_enc, sae.b_enc, bf16)
+        return cpu.Lists(*(part.cpu().numpy() for part in found))
+    latent, token, value = [], [], []
+    for start in range(0, len(x), TILE):
+        f = sae.encode(x[start : start + TILE]).T  # [d_sae, tile]
+        rows, columns = f.nonzero(as_tuple=True)
+        latent.append(rows)
+        token.append(columns + start)
+        value.append(f[rows, columns])
+    latent, token, value = (torch.cat(parts) for parts in (latent, token, value))
+    order = latent.sort(stable=True).indices  # tokens ascend inside a latent: tiles came in order
+    start = torch.zeros(sae.d_sae + 1, dtype=torch.int64)
+    start[1:] = torch.bincount(latent, minlength=sae.d_sae).cumsum(0).cpu()
+    parts = start, token[order].int(), value[order].float()
+    return cpu.Lists(*(part.cpu().numpy() for part in parts))

@@ -185,6 +185,13 @@ def forward(
     return Pass(loss, len(lists.value), total, fired, torch.from_numpy(x_hat), left)
 
 
+def forward_lists(sae: SAE, x: Tensor, bf16: bool) -> Lists:
+    """Encode tokens x [N, d] into latent-major lists."""
+    W_enc, b_enc, _, b_dec = arrays(sae)
+    shift = b_dec if sae.config.subtract_b_dec else np.zeros_like(b_dec)
+    return active(x.numpy(), W_enc, b_enc, shift, bf16 and has_bf16_units())[0]
+
+
 def gradients(sae: SAE, done: Pass, ghost: GhostRows | None) -> dict[str, Tensor]:
     """Compute the dense gradient of every parameter (W_dec's component along its rows included)."""
     lists, x, g = done.slopes
