@@ -79,17 +79,7 @@ def test_only_one_process_writes(folders):
 
 
 def test_the_command_line_under_torchrun(tmp_path):
-    arguments = [
-        "--images",
-        "16",
-        "--expansion",
-        "2",
-        "--token-batch",
-        "512",
-        "--out",
-        str(tmp_path),
-        "--quiet",
-    ]
+    arguments = [*"--images 16 --expansion 2 --token-batch 512 --quiet --out".split(), str(tmp_path)]
     command = [*TORCHRUN, "2", "-m", "patchsae.train", *arguments]
     run = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert run.returncode == 0, run.stderr[-3000:]

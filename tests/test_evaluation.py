@@ -4,11 +4,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import tiny_backbone, tiny_images
 
 from patchsae import evaluation
-from patchsae.backbone import Backbone
-from patchsae.embedded import SceneSet
 from patchsae.errors import PatchSAEError
 from patchsae.evaluation import (
     bootstrap,
@@ -20,16 +17,6 @@ from patchsae.evaluation import (
     zeroed,
 )
 from patchsae.sae import SAE, SAEConfig
-
-
-@pytest.fixture(scope="module")
-def backbone() -> Backbone:
-    return tiny_backbone()
-
-
-@pytest.fixture(scope="module")
-def images() -> SceneSet:
-    return tiny_images()
 
 
 @pytest.fixture(scope="module")

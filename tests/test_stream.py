@@ -10,26 +10,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import CONFIG, tiny_backbone, tiny_images
+from tiny import CONFIG
 
 from patchsae import activations
-from patchsae.backbone import Backbone
 from patchsae.embedded import SceneSet
 from patchsae.errors import PatchSAEError
 from patchsae.images import FolderImages
 from patchsae.loading import Pixels, read_batches
 from patchsae.ranks import Ranks
 from patchsae.stream import StreamConfig, TokenBatch, TokenStream, image_order
-
-
-@pytest.fixture(scope="module")
-def backbone() -> Backbone:
-    return tiny_backbone()
-
-
-@pytest.fixture(scope="module")
-def images() -> SceneSet:
-    return tiny_images()
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,6 @@ from safetensors.torch import load_file, save_file
 from tiny import CONFIG, tiny_backbone, tiny_images
 
 from patchsae import train
-from patchsae.backbone import Backbone
-from patchsae.embedded import SceneSet
 from patchsae.errors import PatchSAEError
 from patchsae.sae import Loss, SAEConfig, geometric_median, geometric_median_images
 from patchsae.sparse import Execution, Stepper
@@ -21,16 +19,6 @@ from patchsae.stream import TokenStream
 from patchsae.training import CHECKPOINT, BiasInit, TrainConfig, initial_bias, train_sae
 
 SAE_CONFIG = SAEConfig(d_in=32, expansion=4, l1=1e-4)
-
-
-@pytest.fixture(scope="module")
-def backbone() -> Backbone:
-    return tiny_backbone()
-
-
-@pytest.fixture(scope="module")
-def images() -> SceneSet:
-    return tiny_images()
 
 
 def test_training_reconstructs_better_and_is_done_once(backbone, images, tmp_path):
@@ -241,17 +229,7 @@ def once(root: str) -> None:
 
 
 def test_command_line(tmp_path, capsys):
-    arguments = [
-        "--images",
-        "16",
-        "--expansion",
-        "2",
-        "--token-batch",
-        "512",
-        "--out",
-        str(tmp_path),
-        "--quiet",
-    ]
+    arguments = [*"--images 16 --expansion 2 --token-batch 512 --quiet --out".split(), str(tmp_path)]
     assert train.main([*arguments, "--b-dec-init", "mean", "--no-ghost"]) == 0
     said = capsys.readouterr().out
     (folder,) = tmp_path.glob("sae-*")

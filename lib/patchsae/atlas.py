@@ -17,7 +17,7 @@ from torch import Tensor
 from .accumulator import EDGES, Accumulator
 from .activations import Tokens, token_columns
 from .backbone import Backbone
-from .errors import PatchSAEError
+from .errors import PatchSAEError, choose
 from .images import ImageSet
 from .label_statistics import label_entropy, label_std, reference_entropy, reference_std
 from .loading import Source, read_batches
@@ -26,7 +26,6 @@ from .ranks import Ranks, join
 from .sae import SAE
 from .sparse import latent_lists
 from .stage import Stage
-from .stream import choose
 
 ATLAS = "atlas.zarr"
 SAVE_SHARE = 0.03  # of the time may go into saving what a killed pass would lose

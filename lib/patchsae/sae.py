@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .errors import PatchSAEError
+from .errors import PatchSAEError, choose
 from .stage import write_atomic, write_json
 
 WEIGHTS, CONFIG = "sae.safetensors", "sae.json"
@@ -71,12 +71,7 @@ class SAEConfig:
 
     def __post_init__(self):
         for name, kind in (("loss", Loss), ("activation", Activation), ("input_norm", InputNorm)):
-            try:
-                object.__setattr__(self, name, kind(getattr(self, name)))
-            except ValueError:
-                raise PatchSAEError(
-                    f"{name}='{getattr(self, name)}' is unknown; choose one of {', '.join(kind)}."
-                ) from None
+            choose(self, name, kind)
         for name, least in (("d_in", 1), ("expansion", 1e-9), ("l1", 0.0), ("cls_weight", 0.0)):
             if not getattr(self, name) >= least:
                 raise PatchSAEError(f"{name}={getattr(self, name)} must be at least {least}.")

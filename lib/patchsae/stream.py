@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .activations import Activations, Tokens
 from .backbone import Backbone
-from .errors import PatchSAEError
+from .errors import PatchSAEError, choose
 from .images import ImageSet
 from .ranks import Ranks
 
@@ -68,16 +68,6 @@ class StreamConfig:
                 f"token_batch={self.token_batch} is less than lanes={self.lanes}; "
                 f"every batch takes at least one token from each lane."
             )
-
-
-def choose(config: object, name: str, kind: type) -> None:
-    """Turn a field of a frozen dataclass into a member of an enumeration, or say which there are."""
-    try:
-        object.__setattr__(config, name, kind(getattr(config, name)))
-    except ValueError:
-        raise PatchSAEError(
-            f"{name}='{getattr(config, name)}' is unknown; choose one of {', '.join(kind)}."
-        ) from None
 
 
 class Position(NamedTuple):

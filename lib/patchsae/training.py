@@ -23,14 +23,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .backbone import Backbone
-from .errors import PatchSAEError
+from .errors import PatchSAEError, choose
 from .images import ImageSet
 from .progress import progress_bar
 from .ranks import Ranks, join
 from .sae import SAE, SAEConfig, geometric_median, geometric_median_images
 from .sparse import Execution, Step, Stepper
 from .stage import Stage, digest, write_atomic
-from .stream import Position, StreamConfig, TokenBatch, TokenStream, choose
+from .stream import Position, StreamConfig, TokenBatch, TokenStream
 
 CHECKPOINT, METRICS = "checkpoint.safetensors", "metrics.csv"
 
