@@ -39,7 +39,21 @@ def test_notebooks_are_committed_without_outputs_and_with_parameters(notebook):
         check_parameters(notebook, {"seed": "many"})
 
 
-def test_training_and_statistics_at_the_embedded_scale(tmp_path):
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory) -> Path:
+    """Make a folder of exactly ImageNet's layout: 1000 folders of wnids, two images in each of val."""
+    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for split, images in (("train", 1), ("val", 2)):
+        for label in range(1000):
+            folder = root / "imagenet" / "images" / split / f"n{label:08d}"
+            folder.mkdir(parents=True)
+            for number in range(images):
+                pixels = rng.integers(0, 256, (40, 50, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{label}_{number}.JPEG")
+    return root
+
+
+def test_the_chapters_at_the_embedded_scale(tmp_path):
     small = {"images": 1024, "expansion": 4, "results": str(tmp_path / "results")}
     first = tmp_path / "01.ipynb"
     run_notebook(
@@ -63,26 +77,40 @@ def test_training_and_statistics_at_the_embedded_scale(tmp_path):
     assert "application/vnd.jupyter.widget" not in first.read_text() + second.read_text()
     # the SAE of the first notebook was found, not trained again
     assert len(list((tmp_path / "results").glob("sae-*"))) == 1
+    third = tmp_path / "03.ipynb"
+    run_notebook(
+        project_root() / "notebooks" / "03_localization.ipynb", third,
+        small | {
+            "atlas_images": 200, "classes": 6, "class_images": 4, "blocks": [2, 11], "block_images": 64,
+            "block_atlas_images": 40, "words": 6, "word_images": 4,
+        },
+    )  # fmt: skip
+    shown = text_of(third)
+    assert "scenes of 6 classes scored" in shown and "left out" in shown
+    assert "best latent of the class" in shown and "AP, difference [95 %]" in shown
+    assert "Shared among the ten strongest latents" in shown and "expected if words and things" in shown
+    assert figures_of(third) >= 5
+    # and the SAE and atlas of the notebooks before, beside two small SAEs
+    assert len(list((tmp_path / "results").glob("sae-*"))) == 3
 
 
-def test_statistics_at_the_paper_scale(tmp_path):
-    """Full-size random ViT-B/16 and a folder of exactly ImageNet's layout: 1000 folders of wnids."""
-    rng = np.random.default_rng(0)
-    for split in ("train", "val"):
-        for label in range(1000):
-            folder = tmp_path / "data" / "imagenet" / "images" / split / f"n{label:08d}"
-            folder.mkdir(parents=True)
-            Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(folder / f"{label}.JPEG")
+def test_statistics_and_localization_at_the_paper_scale(tmp_path, imagenet):
+    """Full-size random ViT-B/16."""
     out = tmp_path / "02.ipynb"
     values = {
-        "scale": "paper", "data": str(tmp_path / "data"), "model": "ViT-B-16-quickgelu",
-        "images": 16, "expansion": 1, "atlas_images": 24, "k": 2, "dataset_images": 4,
-        "results": str(tmp_path / "results"),
+        "scale": "paper", "data": str(imagenet), "model": "ViT-B-16-quickgelu",
+        "images": 16, "expansion": 1, "atlas_images": 24, "k": 2, "results": str(tmp_path / "results"),
     }  # fmt: skip
-    run_notebook(project_root() / "notebooks" / "02_statistics.ipynb", out, values)
+    run_notebook(project_root() / "notebooks" / "02_statistics.ipynb", out, values | {"dataset_images": 4})
     shown = text_of(out)
     assert "197 tokens × 768" in shown and "24 images, 4,728 tokens" in shown
     assert "has no object masks" in shown
+    out = tmp_path / "03.ipynb"
+    few = {"blocks": [2, 11], "block_images": 16, "block_atlas_images": 8, "words": 3, "word_images": 2}
+    run_notebook(project_root() / "notebooks" / "03_localization.ipynb", out, values | few)
+    shown = text_of(out)
+    assert "has no object masks; these scores" in shown and "expected if words and things" in shown
+    assert figures_of(out) >= 3
 
 
 def test_a_folder_that_is_not_imagenet_is_named(tmp_path):

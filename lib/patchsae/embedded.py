@@ -144,3 +144,25 @@ def embedded_dataset(
     sets = {split: half(split, n) for split, n in (("train", train), ("test", test))}
     classnames = sets["train"].classnames
     return Dataset(name, recipe.title, classnames, f"a {look} of a {{}}", **sets)
+
+
+def domain_sets(
+    split: str, classes: int, per_class: int, device: str | torch.device = "cpu"
+) -> dict[str, SceneSet]:
+    """Return cluttered scenes of the same classes in every style, by the style's name, silhouettes last.
+
+    The classes are spaced evenly among the concepts that are trained in all three styles; no two sets share
+    a scene.
+
+    Raises
+    ------
+    PatchSAEError : more classes than there are.
+    """
+    known = np.flatnonzero(trained_mask().all(0))
+    if not 1 <= classes <= len(known):
+        raise PatchSAEError(f"classes={classes} must lie in 1..{len(known)}, the trained ones.")
+    chosen = known[np.linspace(0, len(known) - 1, classes).round().astype(np.int64)]
+    return {
+        name: SceneSet(f"domain_{name}", split, chosen, (style,), per_class, CLUTTERED, device)
+        for style, name in enumerate((*STYLES, "silhouette"))
+    }

@@ -229,6 +229,8 @@ def _lines(axis: Axes, activation: np.ndarray, unit: str, marked: Mapping[int, s
     active = np.flatnonzero(activation > 0)
     axis.vlines(active, 0, activation[active], color="0.6", lw=0.7)
     for latent, colour in marked.items():
+        if not activation[latent]:
+            continue
         axis.vlines(latent, 0, activation[latent], color=colour, lw=1.6)
         axis.plot(latent, activation[latent], "o", ms=3.5, color=colour)
         # numbers at the right edge are written to the left of their line
@@ -311,13 +313,13 @@ class Layer(NamedTuple):
 
 def layers(image: np.ndarray, box: tuple[float, float, float, float], blocks: Sequence[Layer]) -> Figure:
     """Fig. 9: per block the latents of one patch, references of the strongest, and the SAE's statistics."""
-    figure = plt.figure(figsize=(13, 2.9 * len(blocks) + 1.6), layout="constrained")
-    top, *lines = figure.subfigures(len(blocks) + 1, 1, height_ratios=(1.6, *[2.9] * len(blocks)))
+    figure = plt.figure(figsize=(12.5, 3.4 * len(blocks) + 1.5), layout="constrained")
+    top, *lines = figure.subfigures(len(blocks) + 1, 1, height_ratios=(1.5, *[3.4] * len(blocks)))
     axis = top.subplots()
     _pictures([axis], [image], ["(a) input, the patch marked"])
     axis.add_patch(Rectangle(box[:2], *box[2:], fill=False, ec="crimson", lw=1.6))
     for line, layer in zip(lines, blocks, strict=True):
-        left, middle, right = line.subfigures(1, 3, width_ratios=(1.1, 2.4, 1.1))
+        left, middle, right = line.subfigures(1, 3, width_ratios=(1.1, 1.9, 1.1))
         marked = dict(zip(layer.rows, ("crimson", "tab:blue", "tab:green"), strict=False))
         axis = left.subplots()
         _lines(axis, layer.activation, "activation at the patch", marked)
@@ -339,7 +341,9 @@ def layers(image: np.ndarray, box: tuple[float, float, float, float], blocks: Se
         axis.set_xlabel("log10 activated frequency (share of images)", fontsize=6)
         axis.set_ylabel("log10 mean activation", fontsize=6)
         axis.tick_params(labelsize=5)
-        right.colorbar(points, ax=axis, label="label entropy (nat)")
+        bar = right.colorbar(points, ax=axis)
+        bar.set_label("label entropy (nat)", fontsize=6)
+        bar.ax.tick_params(labelsize=5)
     return figure
 
 
