@@ -74,7 +74,7 @@ def test_every_field_equals_the_naive_computation(latents):
         assert sums.top_label[s, :filled].tolist() == labels[best].tolist()
         np.testing.assert_allclose(sums.top_value[s, :filled], mean[best, s], rtol=1e-6)
         assert sums.top_count[s, :filled].tolist() == over[best][..., s].sum(1).tolist()
-    assert (sums.top_index[3] == -1).all() and 4 in sums.top_index[6] or 5 not in sums.top_index[6]
+    assert (sums.top_index[3] == -1).all()
     for i in range(N):
         order = sorted(range(S), key=lambda s: (-np.float32(mean[i, s]), s))
         best = [s for s in order if mean[i, s] > 0][:M]

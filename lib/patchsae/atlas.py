@@ -186,10 +186,10 @@ class _Pass:
         todo = np.flatnonzero(~done)
         batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
         saved_at, saving = time.monotonic(), 0.0
-        for seen in self._add(sums, batches[self.ranks.rank :: self.ranks.world], workers, progress):
+        for _ in self._add(sums, batches[self.ranks.rank :: self.ranks.world], workers, progress):
             began = time.monotonic()
             if (began - saved_at) * SAVE_SHARE >= saving:
-                sums.save(own, skipped=self.skipped, images=seen)
+                sums.save(own, skipped=self.skipped)
                 saved_at = time.monotonic()
                 saving = saved_at - began
         if self.ranks.world > 1:
@@ -222,7 +222,8 @@ class _Pass:
     @torch.no_grad()
     def _add(
         self, sums: Accumulator, batches: list[np.ndarray], workers: int, progress: bool
-    ) -> Iterator[int]:
+    ) -> Iterator[None]:
+        """Add batches one by one, so that the caller may save in between."""
         source, backbone = _Readable(self.images, self.config.on_error), self.backbone
         bar = progress_bar(
             total=len(self.images), initial=sums.images, desc=f"atlas of {self.images.name}",
@@ -232,14 +233,14 @@ class _Pass:
             for (pixels, good, bad), batch in zip(
                 read_batches(source, batches, workers), batches, strict=True
             ):
-                self.skipped |= {str(int(index)): why for index, why in bad}
+                self.skipped |= {str(index): why for index, why in bad}
                 if len(good):
                     x = backbone.residual(backbone.normalize(pixels))[:, self.columns].float()
                     lists = latent_lists(self.sae, x.flatten(0, 1))
-                    indices = np.array([int(index) for index in good])
+                    indices = np.array(good)
                     sums.update(lists, self.images.labels[indices], indices)
                 bar.update(len(batch) * (self.ranks.world if self.ranks.first else 1))
-                yield sums.images
+                yield
 
     def _finish(self, sums: Accumulator, own: Path) -> None:
         parts = sorted(self.stage.path.glob("part-*.safetensors"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -54,8 +55,7 @@ def image_row(images: Sequence[np.ndarray], titles: Sequence[str], columns: int 
     )
     for axis in axes.flat:
         axis.axis("off")
-    # not strict: the last row may have places left over
-    for axis, image, title in zip(axes.flat, images, titles, strict=False):
+    for axis, image, title in zip(axes.flat[: len(images)], images, titles, strict=True):
         axis.imshow(image)
         axis.set_title(title, fontsize=7)
     return figure
@@ -99,12 +99,7 @@ def reference_images(rows: Mapping[str, tuple[Sequence[np.ndarray], Sequence[str
     for line, (name, (images, labels)) in zip(lines, rows.items(), strict=True):
         line.suptitle(name, fontsize=9, x=0.01, ha="left")
         axes = line.subplots(1, columns, squeeze=False)[0]
-        for axis in axes:
-            axis.axis("off")
-        # not strict: a rare latent may have fewer references than the others
-        for axis, image, label in zip(axes, images, labels, strict=False):
-            axis.imshow(image)
-            axis.text(0.5, -0.04, label, transform=axis.transAxes, ha="center", va="top", fontsize=6)
+        _pictures(axes, images, labels)
     return figure
 
 
@@ -217,10 +212,10 @@ class Level(NamedTuple):
 def _pictures(axes: Sequence[Axes], pictures: Sequence[np.ndarray], labels: Sequence[str] = ()) -> None:
     for axis in axes:
         axis.axis("off")
-    # not strict: a rare latent may have fewer references than there are places
-    for axis, picture in zip(axes, pictures, strict=False):
+    # a rare latent may have fewer references than there are places
+    for axis, picture in zip(axes[: len(pictures)], pictures, strict=True):
         axis.imshow(picture)
-    for axis, label in zip(axes, labels, strict=False):
+    for axis, label in zip(axes[: len(labels)], labels, strict=True):
         axis.text(0.5, -0.04, label, transform=axis.transAxes, ha="center", va="top", fontsize=5.5)
 
 
@@ -286,7 +281,7 @@ def domain_shift(
     images, activations : picture and activation [S] by domain
     rows : by latent; its pictures are the masked images in the same order
     """
-    colours = dict(zip(rows, ("tab:blue", "tab:orange", "tab:green"), strict=False))
+    colours = dict(zip(rows, cycle(("tab:blue", "tab:orange", "tab:green"))))
     figure = plt.figure(figsize=(12.5, 1.75 * len(rows)), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.75))
     axes = left.subplots(len(images), 2, width_ratios=(1, 2), squeeze=False)
@@ -320,14 +315,14 @@ def layers(image: np.ndarray, box: tuple[float, float, float, float], blocks: Se
     axis.add_patch(Rectangle(box[:2], *box[2:], fill=False, ec="crimson", lw=1.6))
     for line, layer in zip(lines, blocks, strict=True):
         left, middle, right = line.subfigures(1, 3, width_ratios=(1.1, 1.9, 1.1))
-        marked = dict(zip(layer.rows, ("crimson", "tab:blue", "tab:green"), strict=False))
+        marked = dict(zip(layer.rows, cycle(("crimson", "tab:blue", "tab:green"))))
         axis = left.subplots()
         _lines(axis, layer.activation, "activation at the patch", marked)
         axis.set_title(layer.title, fontsize=9, loc="left")
         places = 1 + max((len(shown.references) for shown in layer.rows.values()), default=0)
         axes = middle.subplots(max(len(layer.rows), 1), places, squeeze=False)
         _pictures(axes[0], [])  # where no latent is to be shown, an empty place
-        for row, (latent, shown) in zip(axes, layer.rows.items(), strict=False):
+        for row, (latent, shown) in zip(axes[: len(layer.rows)], layer.rows.items(), strict=True):
             _pictures(row[:1], shown.pictures)
             _pictures(row[1:], shown.references, shown.labels)
             row[0].set_title(shown.title, fontsize=6.5, loc="left", color=marked[latent])

@@ -198,6 +198,7 @@ def tensors(c: Checkpoint, layout: Layout, ignore: Collection[str] = ()) -> dict
     for name in names:
         _check_dense(c.file, name, c.state[name])
     theirs, dimensions = layout["W_dec"]
+    # not strict: a tensor of another rank leaves a size unknown, and the comparison below names it
     sizes = dict(zip(dimensions, c.state[theirs].shape, strict=False)) | _declared_sizes(c)
     for name, dimensions in names.items():
         expected, found = [sizes.get(d) for d in dimensions], list(c.state[name].shape)

@@ -6,6 +6,7 @@ This module imports little, because every worker process imports it anew.
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -18,14 +19,14 @@ from .errors import PatchSAEError
 from .images import ImageSet
 
 
-class Source(Dataset):
+class Source(Dataset, ABC):
     """What a batch of indices becomes; sent to every worker process."""
 
     name: str
 
+    @abstractmethod
     def read(self, indices: Sequence[int]) -> Tensor:
         """Return one row per index, on the CPU."""
-        raise NotImplementedError
 
     def __getitem__(self, indices: Sequence[int]) -> Tensor | str:
         try:
