@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -13,8 +14,9 @@ from PIL import Image
 
 import patchsae.compat  # noqa: F401  (before torchvision)
 from patchsae import images as library
+from patchsae.embedded import SINGLE, SceneSet
 from patchsae.errors import PatchSAEError
-from patchsae.images import Dataset, FolderImages, load_image
+from patchsae.images import Dataset, FileImages, FolderImages, PathList, load_image
 
 # isort: split
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
@@ -271,3 +273,91 @@ def test_no_damage_ends_in_a_traceback(tmp_path, suffix):
         else:
             assert image.shape == (3, 16, 16)
     assert refused > 20
+
+
+def test_the_first_images_of_each_class_are_kept_in_order(folder):
+    images = FolderImages(folder, 32)
+    few = images.per_class(1)
+    labels = images.labels.tolist()
+    assert few.indices.tolist() == sorted(labels.index(c) for c in set(labels))
+    assert images.per_class(10**6).labels.tolist() == labels
+
+
+def test_the_picture_is_the_file_itself_and_otherwise_what_was_loaded(folder):
+    images = FolderImages(folder, SIDE)
+    with Image.open(images.paths[8]) as file:
+        expected = file.convert("RGB")
+    for picture in (images.picture(8), images.subset([3, 8]).picture(1), images.classes([4]).picture(0)):
+        assert picture.mode == "RGB" and picture.size == expected.size == (68, 61)
+        assert picture.tobytes() == expected.tobytes()
+    scenes = SceneSet("tiny", "train", range(4), (0,), 2, SINGLE)
+    loaded = scenes.load([5]).images[0].permute(1, 2, 0)
+    for picture in (scenes.picture(5), scenes.subset([0, 5]).picture(1)):
+        assert torch.equal(torch.from_numpy(np.array(picture)), loaded)
+
+
+def test_an_image_is_named_by_its_path_or_else_by_its_index(folder):
+    images = FolderImages(folder, SIDE)
+    assert images.key(3) == "class_1/1.png" and images.subset([9, 3]).subset([1]).key(0) == "class_1/1.png"
+    assert images.paths[3] == folder / "class_1" / "1.png" == images.root / images.key(3)
+    scenes = SceneSet("tiny", "train", range(4), (0,), 2, SINGLE)
+    assert scenes.key(5) == 5 and scenes.subset([7, 5]).key(1) == 5
+
+
+def test_paths_behave_as_a_list_and_keep_any_name(tmp_path):
+    names = ["a.jpg", "b/ä ö.png", os.fsdecode(b"c/\xff.png"), "d/\n.png", "", "e"]
+    paths = PathList(tmp_path, names)
+    assert list(paths) == [tmp_path / name for name in names] and len(paths) == 6
+    assert paths[-1] == tmp_path / "e" and paths[np.int64(1)] == paths[1]
+    assert paths[1:5:2] == [paths[1], paths[3]] and paths[::-1][0] == paths[5]
+    for outside in (6, -7):
+        with pytest.raises(IndexError):
+            paths[outside]
+    assert list(pickle.loads(pickle.dumps(paths))) == list(paths)
+    assert list(PathList(tmp_path, [])) == []
+
+
+def test_files_are_listed_in_the_order_of_their_parts_without_hidden_ones(tmp_path):
+    names = ["b/2.jpg", "b/a/3.jpg", "b/a-1.jpg", "b/a/x/1.JPG", "a/1.png"]
+    for name in [*names, "a/._1.png", ".cache/1.png", "b/.trash/1.jpg", "a/notes.txt"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "b" / "a" / "up").symlink_to(tmp_path / "b")  # a loop
+    images = FolderImages(tmp_path, SIDE)
+    # "a" sorts before "a-1.jpg", though "a/3.jpg" as text does not
+    assert [images.key(i) for i in range(len(images))] == [
+        "a/1.png", "b/2.jpg", "b/a/3.jpg", "b/a/x/1.JPG", "b/a-1.jpg",
+    ]  # fmt: skip
+    assert images.classnames == ("a", "b") and images.labels.tolist() == [0, 1, 1, 1, 1]
+
+
+def test_files_are_asked_for_their_size_once_and_a_missing_one_is_named(folder, monkeypatch):
+    asked, stat = [], os.stat
+    images = FolderImages(folder, SIDE)
+    monkeypatch.setattr(os, "stat", lambda path, **options: asked.append(path) or stat(path, **options))
+    first = images.fingerprint(), images.subset([1]).fingerprint()
+    assert len(asked) == len(images) and (images.fingerprint(), images.subset([1]).fingerprint()) == first
+    images = FolderImages(folder, SIDE)
+    images.paths[5].unlink()
+    with pytest.raises(PatchSAEError, match=images.key(5)):
+        images.fingerprint()
+
+
+def test_labels_are_part_of_what_a_set_of_files_is(folder):
+    names = [FolderImages(folder, SIDE).key(i) for i in range(4)]
+    sets = [
+        FileImages(folder, names, y, ["a", "b"], SIDE, "x", "train") for y in ([0, 0, 1, 1], [0, 1, 0, 1])
+    ]
+    assert sets[0].fingerprint() != sets[1].fingerprint()
+
+
+def test_val_is_divided_as_train_and_test_are(folder):
+    images = FolderImages(folder, SIDE)
+    empty = images.subset([])
+    data = Dataset("pets", "Pets", images.classnames, "{}", images.classes(range(7)), images, images)
+    assert len(data.base().val) == 8 and data.novel().val.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert Dataset("pets", "Pets", images.classnames, "{}", images, images).base().val is None
+    # a set made for testing only divides the classes it is tested on
+    assert Dataset("pets", "Pets", images.classnames, "{}", empty, images).novel().classnames == (
+        "class 4", "class 5", "class 6",
+    )  # fmt: skip

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -59,6 +60,15 @@ class ImageSet(ABC):
     def fingerprint(self) -> str:
         """Return a hash of everything that decides what the set contains."""
 
+    def picture(self, index: int) -> Image.Image:
+        """Return one image in RGB before any resizing; a set that has no other gives the loaded one."""
+        pixels = self.load([index]).images[0].permute(1, 2, 0)
+        return Image.fromarray(pixels.cpu().numpy())
+
+    def key(self, index: int) -> str | int:
+        """Name one image by what is the same on every machine: its relative path, or its index."""
+        return int(index)
+
     def batches(
         self,
         batch_size: int,
@@ -79,6 +89,12 @@ class ImageSet(ABC):
         """Restrict the set to n images drawn without replacement (all, if there are fewer)."""
         drawn = np.random.default_rng(seed).permutation(len(self))[:n]
         return Subset(self, np.sort(drawn))
+
+    def per_class(self, n: int) -> Subset:
+        """Restrict the set to the first n images of each class (all, where there are fewer)."""
+        order = np.argsort(self.labels, kind="stable")
+        first = np.searchsorted(self.labels[order], self.labels[order])
+        return Subset(self, np.sort(order[np.arange(len(order)) - first < n]))
 
     def classes(self, keep: Sequence[int]) -> Subset:
         """Restrict the set to the classes `keep` and relabel them from 0 in that order."""
@@ -117,16 +133,110 @@ class Subset(ImageSet):
         inner = self.parent.load(self.indices[indices])
         return Batch(inner.images, torch.from_numpy(self.labels[indices]), torch.from_numpy(indices))
 
+    def picture(self, index: int) -> Image.Image:
+        return self.parent.picture(self.indices[index])
+
+    def key(self, index: int) -> str | int:
+        return self.parent.key(self.indices[index])
+
     def fingerprint(self) -> str:
         relabel = sorted((self.relabel or {}).items())
         return short_hash([self.parent.fingerprint(), self.indices.tolist(), relabel])
 
 
-class FolderImages(ImageSet):
-    """One folder per class (torchvision's ImageFolder layout), decoded on demand.
+class PathList(Sequence):
+    """Files under one folder, held as a block of bytes; each becomes a Path only when asked for.
+
+    ImageNet's 1.28 million names take 46 MB so, and reach a worker process in 0.1 s. Slices are lists.
+    """
+
+    def __init__(self, root: str | Path, names: Iterable[str]):
+        encoded = [os.fsencode(name) for name in names]
+        self.root, self._bytes = Path(root), b"".join(encoded)
+        self._ends = np.cumsum([0, *map(len, encoded)])
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int | slice) -> Path | list[Path]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self.root / self.name(index)
+
+    def name(self, index: int) -> str:
+        """Return one path relative to the folder, its parts joined by '/'."""
+        index = range(len(self))[index]  # counts from the end, or raises IndexError, as a list does
+        return os.fsdecode(self._bytes[self._ends[index] : self._ends[index + 1]])
+
+
+class FileImages(ImageSet):
+    """Files under one folder with a label each, decoded on demand.
 
     Images are resized (bicubic, shorter side) and centre-cropped to `image_size` as CLIP's own
     preprocessing does (facts.md §1.2).
+
+    Parameters
+    ----------
+    names : paths relative to `root`, with '/', one per label
+
+    Raises
+    ------
+    PatchSAEError : a file is missing when it is needed, or cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        names: Iterable[str],
+        labels: Sequence[int],
+        classnames: Sequence[str],
+        image_size: int,
+        name: str,
+        split: str,
+    ):
+        self.paths, self.image_size = PathList(root, names), image_size
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self.name, self.split, self.classnames = name, split, tuple(classnames)
+        self._fingerprint: str | None = None
+
+    @property
+    def root(self) -> Path:
+        return self.paths.root
+
+    def load(self, indices: Sequence[int]) -> Batch:
+        indices = np.asarray(indices, dtype=np.int64)
+        images = torch.stack([load_image(self.paths[i], self.image_size) for i in indices])
+        return Batch(images, torch.from_numpy(self.labels[indices]), torch.from_numpy(indices))
+
+    def picture(self, index: int) -> Image.Image:
+        return open_image(self.paths[index])
+
+    def key(self, index: int) -> str:
+        return self.paths.name(index)
+
+    def fingerprint(self) -> str:
+        # size and time of change stand for the content: ImageNet's cannot be read at every start.
+        # Kept, because asking for those of 1.28 million files takes seconds.
+        if self._fingerprint is None:
+            content = hashlib.sha256(json.dumps([self.image_size, len(self)]).encode())
+            content.update(self.labels.tobytes())
+            for index in range(len(self)):
+                name = self.paths.name(index)
+                try:
+                    found = os.stat(f"{self.root}/{name}")
+                except OSError as error:
+                    raise PatchSAEError(
+                        f"cannot read image '{self.root}/{name}' ({error.strerror}); put it back."
+                    ) from error
+                content.update(os.fsencode(f"{name}\0{found.st_size} {found.st_mtime_ns}\n"))
+            self._fingerprint = content.hexdigest()[:16]
+        return self._fingerprint
+
+
+class FolderImages(FileImages):
+    """One folder per class (torchvision's ImageFolder layout), decoded on demand as FileImages are.
+
+    Class folders and files are taken in sorted order; hidden ones are left out.
 
     Parameters
     ----------
@@ -144,42 +254,49 @@ class FolderImages(ImageSet):
         split: str = "test",
         classnames: Sequence[str] | None = None,
     ):
-        self.root, self.image_size = Path(root), image_size
-        if not self.root.is_dir():
+        root = Path(root)
+        if not root.is_dir():
             raise PatchSAEError(
                 f"image folder '{root}' does not exist; give a folder with one sub-folder per class."
             )
-        folders = sorted(p for p in self.root.iterdir() if p.is_dir())
-        files = [
-            (path, label)
-            for label, folder in enumerate(folders)
-            for path in sorted(folder.rglob("*"))
-            if path.suffix.lower() in IMAGE_SUFFIXES
-        ]
-        if not files:
+        folders = class_folders(root)
+        names, labels = files_by_class(root, folders)
+        if not names:
             raise PatchSAEError(
                 f"no images under '{root}': expected {root}/<class name>/*.jpg (or png, webp, ...)."
             )
-        self.name, self.split = self.root.name, split
         if classnames is not None and len(classnames) != len(folders):
             raise PatchSAEError(
                 f"'{root}' has {len(folders)} class folders but {len(classnames)} class names were "
                 f"given; complete the folder."
             )
-        self.classnames = tuple(classnames or (folder.name.replace("_", " ") for folder in folders))
-        self.paths = [path for path, _ in files]
-        self.labels = np.array([label for _, label in files], dtype=np.int64)
+        classnames = classnames or [folder.replace("_", " ") for folder in folders]
+        super().__init__(root, names, labels, classnames, image_size, root.name, split)
 
-    def load(self, indices: Sequence[int]) -> Batch:
-        indices = np.asarray(indices, dtype=np.int64)
-        images = torch.stack([load_image(self.paths[i], self.image_size) for i in indices])
-        return Batch(images, torch.from_numpy(self.labels[indices]), torch.from_numpy(indices))
 
-    def fingerprint(self) -> str:
-        # size and time of change stand for the content: ImageNet's cannot be read at every start
-        status = [(path.relative_to(self.root).as_posix(), path.stat()) for path in self.paths]
-        files = [(name, found.st_size, found.st_mtime_ns) for name, found in status]
-        return short_hash([self.image_size, files])
+def class_folders(root: Path) -> list[str]:
+    """List the names of the sub-folders of `root`, sorted, hidden ones left out."""
+    with os.scandir(root) as entries:
+        return sorted(entry.name for entry in entries if entry.name[0] != "." and entry.is_dir())
+
+
+def files_by_class(root: Path, folders: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """List the images of each folder, sorted, as paths relative to `root`; the label is its position."""
+    found = [_images_in(root, folder) for folder in folders]
+    labels = np.repeat(np.arange(len(folders)), [len(names) for names in found])
+    return [name for names in found for name in names], labels
+
+
+def _images_in(root: Path, folder: str) -> list[str]:
+    with os.scandir(root / folder) as entries:
+        entries = sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name)
+    names: list[str] = []
+    for entry in entries:
+        if os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
+            names.append(f"{folder}/{entry.name}")
+        elif entry.is_dir(follow_symlinks=False):  # a link may lead back up
+            names += _images_in(root, f"{folder}/{entry.name}")
+    return names
 
 
 @dataclass(frozen=True)
@@ -198,17 +315,35 @@ class Dataset:
     """Images that statistics, masks and prompts may be computed from."""
     test: ImageSet
     """Images that accuracy is measured on; shares none with `train`."""
+    val: ImageSet | None = None
+    """Images to choose settings by, where the benchmark sets some apart; shares none with the others."""
 
     def base(self) -> Dataset:
-        """Keep the first ceil(n/2) classes (facts.md §2)."""
-        return self._half(range(math.ceil(len(self.classnames) / 2)), "base")
+        """Keep the first ceil(n/2) of the classes that `train` shows (facts.md §2).
+
+        Raises
+        ------
+        PatchSAEError : a class of each half has the same name.
+        """
+        return self._half(self._halves()[0], "base")
 
     def novel(self) -> Dataset:
-        """Keep the classes after the first ceil(n/2), relabelled from 0 (facts.md §2)."""
-        n = len(self.classnames)
-        return self._half(range(math.ceil(n / 2), n), "novel")
+        """Keep the classes after those of `base`, relabelled from 0 (facts.md §2); raises as `base`."""
+        return self._half(self._halves()[1], "novel")
 
-    def _half(self, keep: range, half: str) -> Dataset:
+    def _halves(self) -> tuple[list[int], list[int]]:
+        # a benchmark made for testing only has nothing in train
+        labels = np.unique(self.train.labels if len(self.train) else self.test.labels).tolist()
+        middle = math.ceil(len(labels) / 2)
+        base, novel = labels[:middle], labels[middle:]
+        if shared := {self.classnames[i] for i in base} & {self.classnames[i] for i in novel}:
+            raise PatchSAEError(
+                f"base and novel classes of '{self.name}' overlap: '{min(shared)}' names one of each; give "
+                f"the two classes different names, or one label."
+            )
+        return base, novel
+
+    def _half(self, keep: list[int], half: str) -> Dataset:
         return replace(
             self,
             name=f"{self.name}/{half}",
@@ -216,6 +351,7 @@ class Dataset:
             classnames=tuple(self.classnames[i] for i in keep),
             train=self.train.classes(keep),
             test=self.test.classes(keep),
+            val=None if self.val is None else self.val.classes(keep),
         )
 
 
@@ -226,11 +362,20 @@ def load_image(path: str | Path, image_size: int) -> torch.Tensor:
     ------
     PatchSAEError : the file is missing or is no readable image.
     """
+    return resize_and_crop(open_image(path), image_size)
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Decode one file in RGB at its own size; raises PatchSAEError as `load_image` does."""
     try:
         with Image.open(path) as file:
-            image = file.convert("RGB")
+            return file.convert("RGB")
     except Exception as error:  # Pillow's decoders raise errors of many kinds on damaged files
         raise PatchSAEError(f"cannot read image '{path}' ({error}); replace or remove the file.") from error
+
+
+def resize_and_crop(image: Image.Image, image_size: int) -> torch.Tensor:
+    """Turn an RGB image into uint8 [3, S, S]: shorter side to S (bicubic), centre crop."""
     # the longer side is rounded down, as torchvision's Resize does
     width, height = (side * image_size // min(image.size) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)

@@ -9,9 +9,11 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from .backbone import OPENAI_IMAGENET_TEMPLATES, Backbone, load_backbone
+from .benchmark_sets import open_benchmark, open_found
+from .benchmark_table import BENCHMARKS, ROBUSTNESS
 from .embedded import DATASETS, embedded_dataset, scene_set
 from .errors import PatchSAEError
-from .images import Dataset, FolderImages, ImageSet
+from .images import Dataset, ImageSet
 from .sae import SAEConfig
 from .stage import project_root
 from .training import TrainConfig, Trained, train_sae
@@ -26,6 +28,8 @@ class Sets(NamedTuple):
     """The same kind of image, never trained on."""
     benchmarks: tuple[Dataset, ...]
     """Classification data sets, the general one first."""
+    others: tuple[Dataset, ...] = ()
+    """Sets that no table needs but Fig. 10 and 14 show: ImageNet's variants, CIFAR-100."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Scale:
     train: TrainConfig
     """How the autoencoder is trained."""
     templates: tuple[str, ...] | None
-    """Zero-shot prompts; None takes the data set's own."""
+    """Zero-shot prompts of the general data set; None takes its own."""
     sets: Callable[[Backbone, str], Sets]
     """Function of (backbone, data folder) that opens the image sets."""
 
@@ -57,6 +61,11 @@ class Scale:
             model or self.model, pretrained or (None if model else self.pretrained),
             **{"block": self.block, **options},
         )  # fmt: skip
+
+    def prompts(self, dataset: Dataset) -> tuple[str, ...]:
+        """Return the zero-shot prompts of a data set: the ensemble for ImageNet's classes, else its own."""
+        general = dataset.name.startswith("imagenet")  # its variants too
+        return self.templates if self.templates and general else (dataset.template,)
 
     def trained_sae(
         self,
@@ -86,20 +95,16 @@ def _embedded_sets(backbone: Backbone, data: str) -> Sets:
     return Sets(scene_set("train", device=device), scene_set("test", device=device), benchmarks)
 
 
-def _imagenet(backbone: Backbone, data: str) -> Sets:
-    import open_clip
-
+def _photographs(backbone: Backbone, data: str) -> Sets:
     if not data:
         raise PatchSAEError(
-            "scale='paper' needs the parameter data: the folder that holds imagenet/images/{train,val}."
+            "scale='paper' needs the parameter data: the folder that holds imagenet/images/{train,val} and "
+            "may hold the other benchmarks."
         )
-    root, names = Path(data) / "imagenet" / "images", tuple(open_clip.IMAGENET_CLASSNAMES)
-    train, test = (
-        FolderImages(root / folder, backbone.image_size, split, names)
-        for folder, split in (("train", "train"), ("val", "test"))
-    )
-    imagenet = Dataset("imagenet", "ImageNet", names, "a photo of a {}.", train, test)
-    return Sets(train, test, (imagenet,))
+    imagenet = open_benchmark("imagenet", data, backbone.image_size)
+    others = open_found(data, backbone.image_size, BENCHMARKS[1:])
+    shown = open_found(data, backbone.image_size, (*ROBUSTNESS, "cifar-100"))
+    return Sets(imagenet.train, imagenet.test, (imagenet, *others), shown)
 
 
 def scale(name: str) -> Scale:
@@ -118,6 +123,6 @@ def scale(name: str) -> Scale:
     if name == "paper":
         return Scale(
             "paper", "ViT-B-16-quickgelu", "openai", block=11, expansion=64, l1=8e-5,
-            templates=OPENAI_IMAGENET_TEMPLATES, sets=_imagenet, train=TrainConfig(),
+            templates=OPENAI_IMAGENET_TEMPLATES, sets=_photographs, train=TrainConfig(),
         )  # fmt: skip
     raise PatchSAEError(f"scale='{name}' is unknown; choose 'embedded' or 'paper'.")
