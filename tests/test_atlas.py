@@ -30,10 +30,8 @@ def tiny_sae(**config) -> SAE:
 
 
 def make(root: Path, config: AtlasConfig = CONFIG, images=None, **options) -> xr.Dataset:
-    images = images or tiny_images()
-    return make_atlas(
-        tiny_sae(), tiny_backbone(), images, config, root, "tiny", 8, progress=False, **options
-    )
+    images, options = images or tiny_images(), {"batch_size": 8, "progress": False} | options
+    return make_atlas(tiny_sae(), tiny_backbone(), images, config, root, "tiny", **options)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +48,8 @@ def test_the_pass_equals_a_dense_one(tmp_path, activation):
         f = sae.encode(backbone.residual(backbone.normalize(batch.images))).double().numpy()  # [N, T, S]
     label, mean, over = batch.labels.numpy(), f.mean(1), f > 0.2
     assert atlas.attrs["images"] == len(images) and atlas.attrs["tokens"] == f.shape[0] * f.shape[1]
+    assert atlas.attrs["sae"] == "x" and atlas.attrs["backbone"] == backbone.fingerprint()
+    assert atlas.attrs["name"] == "tiny" and atlas.attrs["block"] == 1
     silent = ~(f > 0).any((0, 1))
     np.testing.assert_allclose(atlas.frequency, (mean > 0).mean(0))
     np.testing.assert_allclose(atlas.frequency_tau, over.any(1).mean(0))

@@ -136,14 +136,16 @@ def test_cover_counts_the_pixels_of_each_patch(height, width, grid):
     np.testing.assert_allclose(patch_cover(masks, grid), (count / size).reshape(3, -1), rtol=1e-6)
 
 
-def test_mass_inside_splits_by_the_mask():
-    f = torch.zeros(2, 4, 3)
-    f[0, 1, 0], f[0, 2, 0], f[1, :, 1] = 3.0, 1.0, 2.0
-    cover = torch.tensor([[0.0, 1.0, 0.5, 0.0], [1.0, 0.0, 0.0, 0.0]])
-    found = mass_inside(f, cover)
-    np.testing.assert_allclose(found.inside, [3.5, 2.0, 0.0])
-    np.testing.assert_allclose(found.total, [4.0, 8.0, 0.0])
-    np.testing.assert_allclose(found.expected, [4 * 0.375, 8 * 0.25, 0.0])
+@torch.no_grad()
+def test_mass_inside_splits_by_the_mask(sae, x):
+    cover = torch.rand(B, P, generator=torch.Generator().manual_seed(3))
+    cover[1] = 0
+    f = sae.encode(x).double()  # [B, P, S]
+    found = mass_inside(fired(sae, x), cover, sae.d_sae)
+    np.testing.assert_allclose(found.total, f.sum((0, 1)), rtol=1e-5)
+    np.testing.assert_allclose(found.inside, torch.einsum("bps,bp->s", f, cover.double()), rtol=1e-5)
+    np.testing.assert_allclose(found.expected, cover.double().mean(1) @ f.sum(1), rtol=1e-5)
+    assert found.total[7] == 0
 
 
 def test_bad_requests_are_named(sae, x):

@@ -60,6 +60,10 @@ class OpenClipTower:
             tokens = block(tokens)
         return tokens if self.batch_first else tokens.transpose(0, 1)
 
+    def enter(self, tokens: Tensor, block: int) -> Tensor:
+        """Return tokens [B, T, d] as block number `block` + 1 gets them."""
+        return tokens
+
     def pool(self, tokens: Tensor) -> Tensor:
         """Turn the tokens [B, T, d] after the last block into embeddings [B, e]."""
         pooled, _ = self.visual._pool(tokens)
@@ -303,7 +307,8 @@ def zero_shot_weights(
 ) -> Tensor:
     """Return one text vector per class, [n_classes, e] float32: the mean of its prompts.
 
-    Each prompt's embedding is normalised first. Equal class names stay separate rows.
+    Each prompt's embedding is normalised first. Equal class names stay separate rows. Underscores in names
+    become spaces.
     templates: strings with `{}` where the class name goes. batch_size: prompts per forward pass.
     renormalize: normalise the mean again, as open_clip does; False is the released patchsae code,
         where classes with dispersed prompts get shorter vectors (facts.md §3).
@@ -322,7 +327,8 @@ def zero_shot_weights(
     with torch.no_grad():
         for start in starts:
             names = classnames[start : start + step]
-            # replace, not format: names and templates may hold other braces
+            # replace, not format: names and templates may hold other braces; CoOp's names hold underscores
+            names = [name.replace("_", " ") for name in names]
             prompts = [template.replace("{}", name) for name in names for template in templates]
             unit = F.normalize(backbone.encode_text(prompts, normalize=False).float(), dim=-1)
             rows.append(unit.unflatten(0, (len(names), len(templates))).mean(1))

@@ -13,7 +13,7 @@ from torch import Tensor
 from .activations import Tokens, token_columns
 from .backbone import Backbone, zero_shot_logits
 from .errors import PatchSAEError
-from .images import ImageSet
+from .images import ImageSet, short_hash
 from .sae import SAE
 
 Edit = Callable[[Tensor], Tensor]  # residual-stream tokens [B, T, d] to [B, T, d]
@@ -41,9 +41,9 @@ class Reconstruction(NamedTuple):
 class Interval(NamedTuple):
     """An estimate with its 95 % bootstrap interval."""
 
-    value: float
-    low: float
-    high: float
+    value: float | np.ndarray
+    low: float | np.ndarray
+    high: float | np.ndarray
 
 
 class ZeroShot(NamedTuple):
@@ -270,10 +270,33 @@ def _symmetric_loss(backbone: Backbone, pictures: Tensor, words: Tensor) -> floa
     return ((F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2).item()
 
 
+def label_rank(logits: Tensor, labels: Tensor) -> Tensor:
+    """Count the classes that come before the true one: logits [..., C], labels [...] to int64 [...].
+
+    Equal logits come in the order of the classes, as argmax has it, so that of two classes of one name
+    (facts.md §3) the second is never first.
+    """
+    own = logits.gather(-1, labels[..., None])
+    earlier = torch.arange(logits.shape[-1], device=logits.device) < labels[..., None]
+    return ((logits > own) | ((logits == own) & earlier)).sum(-1)
+
+
+def text_digest(text: Tensor) -> str:
+    """Hash text vectors [C, e] by their first six decimals, for stage manifests."""
+    return short_hash(text.double().cpu().numpy().round(6).tolist())
+
+
 def bootstrap(values: np.ndarray, seed: int = 0, draws: int = 2000) -> Interval:
-    """Return the mean of `values` [N] with a percentile interval over resampled images."""
+    """Return the mean of `values` [N, ...] with a percentile interval over resampled images.
+
+    For one axis the three fields are numbers, for more arrays of the shape of values[0].
+    """
     values = np.asarray(values, dtype=np.float64)
-    rng = np.random.default_rng(seed)
-    means = np.array([values[rng.integers(len(values), size=len(values))].mean() for _ in range(draws)])
-    low, high = np.quantile(means, (0.025, 0.975))
-    return Interval(float(values.mean()), float(low), float(high))
+    rng, n = np.random.default_rng(seed), len(values)
+    flat = values.reshape(n, -1)
+    means = np.empty((draws, flat.shape[1]))
+    for draw in range(draws):
+        means[draw] = np.bincount(rng.integers(n, size=n), minlength=n) @ flat / n
+    low, high = np.quantile(means, (0.025, 0.975), axis=0)
+    parts = flat.mean(0), low, high
+    return Interval(*(float(p[0]) if values.ndim == 1 else p.reshape(values.shape[1:]) for p in parts))

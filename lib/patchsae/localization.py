@@ -116,23 +116,24 @@ def patch_cover(masks: Tensor, grid: tuple[int, int]) -> Tensor:
 class Mass(NamedTuple):
     """Where latents put their activation, summed over images: float64 [S] each."""
 
-    inside: Tensor  # inside the objects
-    expected: Tensor  # inside the objects if each image's activation were spread evenly over it
-    total: Tensor
+    inside: np.ndarray  # inside the objects
+    expected: np.ndarray  # inside the objects if each image's activation were spread evenly over it
+    total: np.ndarray
 
 
-def mass_inside(f: Tensor, cover: Tensor) -> Mass:
+def mass_inside(found: Fired, cover: Tensor, latents: int) -> Mass:
     """Sum each latent's activation inside the objects, and what an even spread would put there.
 
     Parameters
     ----------
-    f : [B, P, S] latents of the patches
+    found : where S = `latents` latents fire on B images
     cover : [B, P] share of each patch inside an object
     """
-    per_image = f.sum(1, dtype=torch.float64)  # [B, S]
-    inside = torch.einsum("bps,bp->s", f, cover.to(f.dtype)).double()
-    expected = cover.double().mean(1).to(f.device) @ per_image
-    return Mass(inside, expected, per_image.sum(0))
+    share, value = cover.cpu().double().numpy(), found.value.astype(np.float64)
+    row = np.repeat(np.arange(len(found.image)), np.diff(found.start))  # [entries]
+    image, latent = found.image[row], found.latent[row]
+    weights = share[image, found.patch] * value, share.mean(1)[image] * value, value
+    return Mass(*(np.bincount(latent, weight, latents) for weight in weights))
 
 
 def upsample(patch_map: Tensor, grid: tuple[int, int], size: int, mode: Mode = Mode.NEAREST) -> np.ndarray:

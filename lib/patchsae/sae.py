@@ -154,7 +154,7 @@ class SAE(nn.Module):
                 f"tokens have width {x.shape[-1]} but this SAE was trained on width {self.d_in}; "
                 f"use the backbone and block it was trained on."
             )
-        x = self._normalise(x)[0]
+        x = self.normalise(x)[0]
         if self.config.subtract_b_dec:
             x = x - self.b_dec
         return F.linear(x, self.W_enc, self.b_enc)
@@ -186,13 +186,13 @@ class SAE(nn.Module):
             raise PatchSAEError(
                 f"this SAE has input_norm='{self.config.input_norm}': decode(f, x) needs the tokens too."
             )
-        _, mean, scale = self._normalise(x)
+        _, mean, scale = self.normalise(x)
         return x_hat * scale + mean
 
     def forward(self, x: Tensor) -> Tensor:
         return self.decode(self.encode(x), x)
 
-    def _normalise(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
+    def normalise(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
         if self.config.input_norm is InputNorm.NONE:
             return x, 0.0, 1.0
         layer = self.config.input_norm is InputNorm.LAYER_NORM

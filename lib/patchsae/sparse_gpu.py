@@ -346,6 +346,4 @@ def update(
     """Take Adam step number `step` on every latent, in place; return the gradient of b_dec."""
     weights, config = (sae.W_enc, sae.b_enc, sae.W_dec), sae.config
     pairs = [moments[name] for name in ("W_enc", "b_enc", "W_dec")]
-    return adam_step(
-        *done.slopes, *weights, pairs, lr, step, config.l1, ghost, config.subtract_b_dec
-    )
+    return adam_step(*done.slopes, *weights, pairs, lr, step, config.l1, ghost, config.subtract_b_dec)
