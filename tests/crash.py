@@ -1,4 +1,4 @@
-"""Kill a training process again and again, from a process of its own: see test_crash.py.
+"""Kill a training process or an atlas pass again and again, from a process of its own: see test_crash.py.
 
 Workers import this file anew, so what is heavy is imported in functions.
 """
@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+IMAGES = 400
+
 
 def train(root: Path, options: dict) -> None:
     """Train the SAE of these tests under `root`."""
@@ -24,21 +26,43 @@ def train(root: Path, options: dict) -> None:
     train_sae(tiny_images(), tiny_backbone(), SAEConfig(d_in=32, expansion=4), config, root, progress=False)
 
 
+def describe(root: Path, options: dict) -> None:
+    """Make an atlas of 400 scenes under `root`, saved after every fourth."""
+    import numpy as np
+    from test_atlas import make
+    from tiny import tiny_images
+
+    from patchsae import atlas
+
+    atlas.SAVE_SHARE = 1e9
+    images = tiny_images()
+    images.labels = np.arange(IMAGES) % len(images.classnames)
+    make(root, images=images, batch_size=4, **options)
+
+
+TASKS = {"train": train, "describe": describe}
+
+
 def in_child(root: Path, options: dict) -> int:
-    """Start training in a child process, which does not import everything again."""
+    """Start the task in a child process, which does not import everything again."""
     pid = os.fork()
     if pid:
         return pid
     status = 1
     try:
-        train(root, options)
+        TASKS[options.get("task", "train")](root, {k: v for k, v in options.items() if k != "task"})
         status = 0
     finally:
         os._exit(status)
 
 
 def steps_saved(root: Path) -> int:
-    """Read from the checkpoint's header how far it is."""
+    """Read from the checkpoint's header, or an atlas' part, how far it is."""
+    for path in root.glob("atlas-*/part-0000.safetensors"):
+        from safetensors.numpy import load_file
+
+        with contextlib.suppress(FileNotFoundError):
+            return int(load_file(path)["seen"].sum()) // 4
     for path in root.glob("sae-*/checkpoint.safetensors"):
         with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
@@ -64,7 +88,7 @@ def kill_and_resume(root: Path, options: dict, seed: int) -> dict:
     draw = random.Random(seed)
     # the first dies while it starts, when workers are not yet ready; the others at a random step's
     # random moment, in a step, a save or the reading of images
-    goals = [None, *sorted(draw.sample(range(5, 180), 4))]
+    goals = [None, *sorted(draw.sample(range(5, 90 if options.get("task") else 180), 4))]
     died_at, orphans = [], set()
     for goal in goals:
         pid = in_child(root, options)
@@ -88,7 +112,8 @@ def kill_and_resume(root: Path, options: dict, seed: int) -> dict:
 
 if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(__file__))
-    import tiny  # noqa: F401  (once, before the forks)
+    import test_atlas  # noqa: F401  (once, before the forks)
+    import tiny  # noqa: F401
 
     folder, given, number = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
     whole = os.waitpid(in_child(folder / "whole", given), 0)[1]

@@ -1,4 +1,4 @@
-"""Training processes killed with SIGKILL end, resumed, with the bits of one that was not."""
+"""Processes killed with SIGKILL end, resumed, with the bits of one that was not."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import xarray as xr
 from safetensors.torch import load_file
 
 from patchsae.training import read_metrics
@@ -16,12 +17,13 @@ CASES = {
     "no workers": {"execution": "sparse"},
     # without a pass over the first images, which would start workers of its own
     "two workers": {"workers": 2, "execution": "dense", "b_dec_init": "zeros"},
+    "atlas": {"task": "describe"},
 }
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory) -> dict[str, tuple[Path, dict]]:
-    """Both cases at once: they mostly wait for processes to start."""
+    """All cases at once: they mostly wait for processes to start."""
     running = {}
     for seed, (case, options) in enumerate(CASES.items()):
         folder = tmp_path_factory.mktemp("crash")
@@ -33,7 +35,7 @@ def outcomes(tmp_path_factory) -> dict[str, tuple[Path, dict]]:
     }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["no workers", "two workers"])
 def test_a_run_killed_five_times_ends_with_the_same_bits(outcomes, case):
     folder, outcome = outcomes[case]
     assert outcome["whole"] == outcome["status"] == 0, outcome
@@ -50,6 +52,19 @@ def test_a_run_killed_five_times_ends_with_the_same_bits(outcomes, case):
     assert strip[0] == strip[1] and len(strip[0]) == 40
     # nothing half-written is left behind
     assert sorted(p.name for p in cut.iterdir()) == sorted(p.name for p in whole.iterdir())
+
+
+def test_an_atlas_killed_five_times_is_the_atlas_of_one_pass(outcomes):
+    folder, outcome = outcomes["atlas"]
+    assert outcome["whole"] == outcome["status"] == 0, outcome
+    died_at = outcome["died_at"]
+    assert len(died_at) == 5 and died_at == sorted(died_at) and 5 <= died_at[-1] < 100, outcome
+    whole, cut = (
+        xr.open_zarr(next((folder / part).glob("atlas-*/atlas.zarr")), consolidated=False).load()
+        for part in ("whole", "cut")
+    )
+    assert whole.attrs["images"] == 400 and cut.identical(whole)
+    assert not list(folder.glob("*/atlas-*/part-*")) and not list(folder.glob("*/atlas-*/.*-*"))
 
 
 def test_no_worker_outlives_its_training_process(outcomes):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 import zipfile
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
@@ -83,9 +84,16 @@ def _unknown_names(source: Path | BytesIO) -> list[str]:
     return get_unsafe_globals_in_checkpoint(source) if archive else []
 
 
-def _stand_in(name: str) -> tuple[type[StandIn], str]:
+def _plain_dict(*_: object) -> dict:
+    """Stand in for a defaultdict: its factory is dropped, for torch fills no dictionary but a plain one."""
+    return {}
+
+
+def _stand_in(name: str) -> tuple[Callable, str]:
     if name.partition(".")[0] in ("os", "posix", "nt", "sys"):  # no class of a configuration lives there
         raise ForbiddenCall(name)
+    if name == "collections.defaultdict":  # in files that hold an optimizer; made by a call
+        return _plain_dict, name
     return type("StandIn", (StandIn,), {"stands_for": name}), name
 
 

@@ -136,8 +136,8 @@ def versions() -> dict[str, str]:
         ) from None
     for requirement in requirements:
         name, _, extra = re.match(r"([\w.-]+)([^;]*);?(.*)", requirement).groups()
-        # Test tools do not shape results.
-        if "test" in extra:
+        # Tools around the runs do not shape results.
+        if re.search("test|bench|cluster", extra):
             continue
         try:
             found[name] = metadata.version(name)
@@ -146,12 +146,23 @@ def versions() -> dict[str, str]:
     return found
 
 
-def git_commit() -> str | None:
-    """Return the commit checked out, or None outside a clone."""
+def machine() -> str:
+    """Describe the machine in words: processor, cores, memory, system."""
+    name = platform.processor() or platform.machine()
     try:
-        asked = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=project_root(), capture_output=True, text=True
-        )
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        return f"{name}, {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}"
+    except (OSError, StopIteration, ValueError, AttributeError):  # not Linux
+        return f"{name}, {os.cpu_count()} cores, {platform.system()}"
+
+
+def git_commit() -> str | None:
+    """Return the commit checked out, with '-dirty' if files were changed, or None outside a clone."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        asked = subprocess.run(command, cwd=project_root(), capture_output=True, text=True)
     except (OSError, PatchSAEError):
         return None
     return asked.stdout.strip() or None

@@ -15,7 +15,7 @@ from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -246,11 +246,7 @@ class _Run:
 
     def _restore(self) -> None:
         try:
-            with safe_open(self.checkpoint, framework="pt") as file:
-                run = json.loads(file.metadata()["run"])
-                if run["inputs"] != digest(self.stage.inputs):
-                    raise ValueError("it is of another run")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            run, tensors = open_checkpoint(self.checkpoint, self.stage)
             # the weights come first: the stepper may keep them in a form of its own
             self.sae.load_state_dict(_part(tensors, "sae."))
             self.stepper = self._stepper()
@@ -263,6 +259,15 @@ class _Run:
             raise PatchSAEError(
                 f"'{self.checkpoint}' is no checkpoint of this run ({reason}); delete it to start over."
             ) from error
+
+
+def open_checkpoint(path: Path, stage: Stage) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what a run of this stage saved; ValueError, among others, if it is damaged or of another run."""
+    with safe_open(path, framework="pt") as file:
+        run = json.loads(file.metadata()["run"])
+        if run["inputs"] != digest(stage.inputs):
+            raise ValueError("it is of another run")
+        return run, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
