@@ -1,0 +1,179 @@
+"""Groups, correlations and mixed models against what they are by definition."""
+
+import numpy as np
+import pytest
+import torch
+from test_prompts import learned, make
+
+from patchsae.backbone import zero_shot_logits, zero_shot_weights
+from patchsae.embedded import SINGLE, SceneSet
+from patchsae.errors import PatchSAEError
+from patchsae.remapping import (
+    PARTS,
+    Parts,
+    Reading,
+    class_counts,
+    compare_counts,
+    correlation,
+    group_table,
+    improvement_rate,
+    mcnemar,
+    mix_models,
+    share_of_gain,
+)
+from patchsae.sae import SAE, SAEConfig
+
+
+def counts(seed: int, classes: int = 3, latents: int = 40) -> np.ndarray:
+    """Return heavy-tailed counts with ties and zeros."""
+    return (np.random.default_rng(seed).pareto(1.0, (classes, latents)) * 3).astype(np.int64)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_groups_by_value_are_those_of_the_pooled_counts(seed):
+    before, after = counts(seed), counts(seed + 100)
+    found = compare_counts(before, after, Reading.VALUE, upper=6, lower=15)
+    for c in range(len(before)):
+        pooled = sorted([*before[c], *after[c]], reverse=True)
+        high, low = pooled[5], pooled[14]
+        for s in range(before.shape[1]):
+            x, y = before[c, s], after[c, s]
+            assert found.high[c, s] == (x >= high and y >= high and min(x, y) > 0)
+            assert found.high_to_low[c, s] == (x >= high and x > 0 and y < low)
+            assert found.low_to_high[c, s] == (y >= high and y > 0 and x < low)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_groups_by_membership_are_those_of_the_top_lists(seed):
+    before, after = counts(seed), counts(seed + 100)
+    found = compare_counts(before, after, Reading.MEMBERSHIP, upper=6, lower=15)
+    for c in range(len(before)):
+        top = [
+            [sorted(range(40), key=lambda s, x=x: (-x[c, s], s))[:n] for n in (6, 15)]
+            for x in (before, after)
+        ]
+        lists = [({s for s in few if x[c, s] > 0}, set(many)) for (few, many), x in
+                 zip(top, (before, after), strict=True)]  # fmt: skip
+        assert set(np.flatnonzero(found.high[c])) == lists[0][0] & lists[1][0]
+        assert set(np.flatnonzero(found.high_to_low[c])) == lists[0][0] - lists[1][1]
+        assert set(np.flatnonzero(found.low_to_high[c])) == lists[1][0] - lists[0][1]
+
+
+def test_equal_models_have_no_latent_off_the_diagonal():
+    same = counts(0)
+    for reading in Reading:
+        found = compare_counts(same, same, reading, 6, 15)
+        assert found.high.any() and not found.high_to_low.any() and not found.low_to_high.any()
+    swapped = [
+        compare_counts(*pair, Reading.VALUE, 6, 15) for pair in ((same, counts(9)), (counts(9), same))
+    ]
+    np.testing.assert_array_equal(swapped[0].high_to_low, swapped[1].low_to_high)
+    wide = counts(0, latents=300)
+    rows = group_table({"a": wide}, {"a": wide})
+    assert rows["a", "membership"]["high"] == np.mean(np.minimum((wide > 0).sum(1), 50))
+
+
+def test_bounds_and_shapes_are_checked():
+    for upper, lower in ((0, 5), (7, 5), (5, 41)):
+        with pytest.raises(PatchSAEError, match="upper="):
+            compare_counts(counts(0), counts(1), upper=upper, lower=lower)
+    with pytest.raises(PatchSAEError, match="use the same classes"):
+        compare_counts(counts(0), counts(0, classes=2))
+
+
+def test_correlation_leaves_silent_latents_out():
+    before, after = np.array([0, 1, 2, 3, 0, 0]), np.array([0, 2, 4, 6, 0, 0])
+    assert correlation(before, after) == pytest.approx(1)
+    before, after = counts(3)[0], counts(4)[0]
+    active = (before + after) > 0
+    assert correlation(before, after) == pytest.approx(np.corrcoef(before[active], after[active])[0, 1])
+    assert np.isnan(correlation(np.zeros(4), np.zeros(4)))
+
+
+def test_improvement_is_relative_to_what_was_left():
+    assert improvement_rate(0.6, 0.8) == pytest.approx(0.5)
+    assert improvement_rate(0.8, 0.6) == pytest.approx(-1)
+    assert np.isnan(improvement_rate(1, 1))
+
+
+def test_mcnemar_counts_only_images_on_which_the_models_differ():
+    first = np.array([1] * 10 + [0] * 3 + [1] * 50 + [0] * 20)
+    second = np.array([0] * 10 + [1] * 3 + [1] * 50 + [0] * 20)
+    found = mcnemar(first, second)
+    # 2 · P(X ≤ 3), X ~ B(13, 1/2): 2 · (1 + 13 + 78 + 286) / 2^13
+    assert found[:2] == (10, 3) and found.p == pytest.approx(2 * 378 / 2**13)
+    assert mcnemar(first, first) == (0, 0, 1.0)
+
+
+def test_the_share_of_a_gain_is_that_of_the_means():
+    rng = np.random.default_rng(0)
+    before, after = rng.random(4000) < 0.3, rng.random(4000) < 0.7
+    mixed = np.where(rng.random(4000) < 0.5, before, after)
+    found = share_of_gain(before, after, mixed, draws=300)
+    expected = (mixed.mean() - before.mean()) / (after.mean() - before.mean())
+    assert found.value == pytest.approx(expected) and found.low < found.value < found.high
+    assert 0.4 < found.low and found.high < 0.6
+    assert share_of_gain(before, after, after, draws=50) == pytest.approx((1, 1, 1))
+    assert np.isnan(share_of_gain(before, before, after, draws=50).value)
+
+
+@pytest.fixture(scope="module")
+def models():
+    plain = make(text={"layers": 4}, vision={"image_size": 112, "patch_size": 28})
+    return plain, {m: learned(plain, method=m, depth=3) for m in ("maple", "coop", "vpt")}
+
+
+@pytest.mark.parametrize("method", ["maple", "coop", "vpt"])
+@torch.no_grad()
+def test_pure_mixtures_are_the_models_and_mixed_ones_take_each_part_from_one(models, method, tmp_path):
+    plain, adapted = models[0], models[1][method]
+    images = SceneSet("mixed", "test", range(0, 20, 2), (0, 1), 3, SINGLE)
+    prompt = "a photo of a {}."
+    texts = zero_shot_weights(plain, images.classnames, prompt), adapted.class_weights(images.classnames)
+    sae = SAE(SAEConfig(plain.d_model, 2))
+    args = sae, "s", plain, adapted, images, texts, tmp_path
+    found = mix_models(*args, batch_size=7, progress=False)
+    assert len(PARTS) == 8 and set(found.tokens) == set(found.latents) == set(PARTS)
+    batch = images.load(range(len(images)))
+    x = [model.residual(model.normalize(batch.images)) for model in (plain, adapted)]
+    for part, ranks in ((None, found.tokens), (sae, found.latents)):
+        shown = [stream[:, :17] if part is None else part(stream[:, :17]) for stream in x]
+        for parts in PARTS:
+            tokens = torch.cat([shown[parts.stream], x[parts.head][:, 17:]], 1)
+            embeddings = (plain, adapted)[parts.head].finish(tokens)
+            right = zero_shot_logits(plain, embeddings, texts[parts.words]).argmax(-1) == batch.labels
+            np.testing.assert_array_equal(ranks[parts] == 0, right, err_msg=str(parts))
+    if method == "coop":  # nothing about the images is learned
+        for words in (0, 1):
+            same = [found.tokens[Parts(s, h, words)] for s in (0, 1) for h in (0, 1)]
+            assert all((ranks == same[0]).all() for ranks in same)
+    again = mix_models(*args, progress=False)
+    assert all((again.latents[parts] == found.latents[parts]).all() for parts in PARTS)
+    assert len(list(tmp_path.glob("mixed-mixed-*/manifest.json"))) == 1
+
+
+def test_models_cut_at_different_blocks_are_refused(models):
+    plain, adapted = models[0], models[1]["maple"]
+    with pytest.raises(PatchSAEError, match="cut after block 2, the adapted model after 3"):
+        mix_models(None, "", plain, adapted.at_block(3), None, (None, None), "")
+
+
+def test_prompt_tokens_are_counted_only_if_asked_for(models, tmp_path):
+    from patchsae.atlas import AtlasConfig, make_atlas
+
+    adapted = models[1]["maple"]
+    images = SceneSet("prompted", "train", range(0, 20, 2), (0, 1), 2, SINGLE)
+    sae = SAE(SAEConfig(adapted.d_model, 2))
+    args = images, AtlasConfig(k=1, include_prompt_tokens=True), tmp_path, "s"
+    atlas = make_atlas(sae, adapted, *args, progress=False)
+    with torch.no_grad():
+        f = (
+            sae.encode(adapted.residual(adapted.normalize(images.load(range(20)).images))) > 0.2
+        )  # [N, T, S]
+    labels = torch.from_numpy(images.labels)
+    for flag, tokens in ((False, 17), (True, 19)):
+        expected = torch.stack([f[labels == c][:, :tokens].sum((0, 1)) for c in range(10)])
+        np.testing.assert_array_equal(class_counts(atlas, flag), expected)
+    plain = make_atlas(sae, models[0], images, AtlasConfig(k=1), tmp_path, "s", progress=False)
+    with pytest.raises(PatchSAEError, match="no prompt tokens"):
+        class_counts(plain, True)
