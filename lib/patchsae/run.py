@@ -311,6 +311,10 @@ def _tidy(executed: Path, source: Path, out: Path, cost: Cost) -> None:
     notebook = nbformat.read(executed, as_version=4)
     # The widgets' state is carried by the outputs already; kept here it would be stored twice.
     notebook.metadata.pop("widgets", None)
+    # A live view is dead without its kernel; where an output is a page too, that is what is kept.
+    for output in (output for cell in notebook.cells for output in cell.get("outputs", ())):
+        if "text/html" in output.get("data", {}):
+            output["data"].pop("application/vnd.jupyter.widget-view+json", None)
     notebook.metadata["patchsae"] = cost._asdict()
     notebook.metadata["papermill"].update(input_path=str(source), output_path=str(out))
     nbformat.write(notebook, executed)

@@ -1,0 +1,54 @@
+"""One function per figure: takes results, returns a matplotlib figure, computes nothing."""
+
+from .adaptation import Counts, confusion_pair, count_scatters, gain_shares, setting_curves
+from .appendix import Traded, matched_histograms, sparsity_and_error, token_scatters
+from .localization import Layer, Level, analysis, domain_shift, latent_rows, layers, score_intervals
+from .masking import class_changes, masked_predictions, masking_curves
+from .overview import OneImage, overview
+from .parts import Shown
+from .statistics import (
+    activation_histograms,
+    co_activation_map,
+    mass_scatter,
+    purity_histogram,
+    reference_images,
+    reference_matrix,
+    statistics_scatter,
+)
+from .training import dead_latents, image_row, learning_curve, training_curves
+
+__all__ = [
+    "Counts",
+    "Layer",
+    "Level",
+    "OneImage",
+    "Shown",
+    "Traded",
+    "activation_histograms",
+    "analysis",
+    "class_changes",
+    "co_activation_map",
+    "dead_latents",
+    "confusion_pair",
+    "count_scatters",
+    "domain_shift",
+    "gain_shares",
+    "image_row",
+    "latent_rows",
+    "layers",
+    "learning_curve",
+    "masked_predictions",
+    "masking_curves",
+    "mass_scatter",
+    "matched_histograms",
+    "overview",
+    "purity_histogram",
+    "reference_images",
+    "reference_matrix",
+    "score_intervals",
+    "setting_curves",
+    "sparsity_and_error",
+    "statistics_scatter",
+    "token_scatters",
+    "training_curves",
+]

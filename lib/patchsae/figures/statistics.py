@@ -1,0 +1,133 @@
+"""Figures of what latents respond to (Fig. 3, 10, 14)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import xarray as xr
+from matplotlib.figure import Figure
+
+from .parts import draw_pictures, figure_of
+
+
+@figure_of("Fig. 3", "Fig. 11")
+def statistics_scatter(atlas: xr.Dataset, marked: Mapping[str, int] | None = None) -> Figure:
+    """Fig. 3, left: log10 frequency against log10 mean activation, coloured by label entropy."""
+    alive = (atlas.frequency > 0).values
+    x = np.log10(atlas.frequency.values[alive])
+    y = np.log10(atlas.mean_activation.values[alive])
+    figure = plt.figure(figsize=(7, 6), layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=(4, 1), height_ratios=(1, 4))
+    axis = figure.add_subplot(grid[1, 0])
+    top, right = figure.add_subplot(grid[0, 0], sharex=axis), figure.add_subplot(grid[1, 1], sharey=axis)
+    points = axis.scatter(x, y, c=atlas.entropy.values[alive], s=6, cmap="viridis", linewidths=0)
+    axis.set(
+        xlabel="log10 activated frequency (share of images)",
+        ylabel="log10 mean activation (image mean over active images)",
+    )
+    top.hist(x, bins=60, color="0.6")
+    right.hist(y, bins=60, color="0.6", orientation="horizontal")
+    top.set_ylabel("latents")
+    right.set_xlabel("latents")
+    top.tick_params(labelbottom=False)
+    right.tick_params(labelleft=False)
+    figure.colorbar(points, ax=right, label="label entropy (nat)", fraction=0.5)
+    for name, latent in (marked or {}).items():
+        place = (np.log10(atlas.frequency.values[latent]), np.log10(atlas.mean_activation.values[latent]))
+        axis.plot(*place, "o", ms=11, mfc="none", mec="crimson", mew=1.6)
+        axis.annotate(
+            name, place, xytext=(7, 7), textcoords="offset points", color="crimson", weight="bold"
+        )
+    return figure
+
+
+@figure_of("Fig. 3", "Fig. 6", "Fig. 10")
+def reference_images(rows: Mapping[str, tuple[Sequence[np.ndarray], Sequence[str]]]) -> Figure:
+    """Fig. 3, right: one row of reference images per latent, the label below each."""
+    columns = max(len(images) for images, _ in rows.values())
+    figure = plt.figure(figsize=(1.3 * columns, 1.95 * len(rows)), layout="constrained")
+    lines = np.atleast_1d(figure.subfigures(len(rows), 1))
+    for line, (name, (images, labels)) in zip(lines, rows.items(), strict=True):
+        line.suptitle(name, fontsize=9, x=0.01, ha="left")
+        axes = line.subplots(1, columns, squeeze=False)[0]
+        draw_pictures(axes, images, labels)
+    return figure
+
+
+@figure_of()
+def purity_histogram(observed: np.ndarray, null: np.ndarray) -> Figure:
+    """Show the share of the commonest label among references against the permutation null."""
+    figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    axis.hist(observed, bins=np.linspace(0, 1, 22), color="tab:blue", alpha=0.75, label="latents")
+    axis.axvline(observed.mean(), color="tab:blue", lw=2, label=f"mean {observed.mean():.2f}")
+    axis.axvline(null.mean(), color="0.3", ls="--", label=f"mean, labels permuted {null.mean():.2f}")
+    axis.set(xlabel="share of the commonest label among the references", ylabel="latents")
+    axis.legend()
+    return figure
+
+
+@figure_of()
+def mass_scatter(area: np.ndarray, mass: np.ndarray, area_share: float, mass_share: float) -> Figure:
+    """Show each latent's activation mass inside objects against the area they cover."""
+    figure, axis = plt.subplots(figsize=(5, 4), layout="constrained")
+    axis.scatter(area, mass, s=6, alpha=0.5, linewidths=0)
+    axis.plot([0, 1], [0, 1], color="0.5", ls=":", label="no preference for objects")
+    axis.plot(area_share, mass_share, "X", ms=11, color="crimson", label="all latents together")
+    axis.set(
+        xlabel="area covered by objects where the latent fires (share)",
+        ylabel="activation mass inside objects (share)",
+        xlim=(0, 1),
+        ylim=(0, 1),
+    )
+    axis.legend()
+    return figure
+
+
+@figure_of()
+def activation_histograms(atlas: xr.Dataset, latents: Mapping[str, int]) -> Figure:
+    """Show how the log activations of the active tokens of some latents are distributed."""
+    figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    edges = atlas.bin.values[:-1]
+    for name, latent in latents.items():
+        counts = atlas.histogram.values[latent]
+        axis.stairs(counts[1:-1] / max(counts.sum(), 1), edges, label=f"({name}) latent {latent}")
+    axis.set(xlabel="log10 activation of a token", ylabel="share of the active tokens")
+    axis.legend()
+    return figure
+
+
+@figure_of()
+def co_activation_map(share: np.ndarray, latents: Sequence[int]) -> Figure:
+    """Show which share of a latent's images [n, n] each other latent is active in too."""
+    figure, axis = plt.subplots(figsize=(6, 5), layout="constrained")
+    picture = axis.imshow(share, vmin=0, vmax=1, cmap="magma")
+    ticks = np.arange(len(latents))
+    axis.set_xticks(ticks, latents, rotation=90, fontsize=5)
+    axis.set_yticks(ticks, latents, fontsize=5)
+    axis.set(xlabel="also among the strongest: latent", ylabel="among an image's strongest: latent")
+    figure.colorbar(picture, ax=axis, label="share of images")
+    return figure
+
+
+@figure_of("Fig. 14")
+def reference_matrix(
+    cells: Sequence[Sequence[tuple[np.ndarray | None, str]]], rows: Sequence[str], columns: Sequence[str]
+) -> Figure:
+    """Fig. 14: one reference image per latent (row) and data set (column), statistics below each."""
+    figure, axes = plt.subplots(
+        len(rows), len(columns), figsize=(1.25 * len(columns), 1.5 * len(rows)), layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
+    for line, row, name in zip(axes, cells, rows, strict=True):
+        for axis, (image, text) in zip(line, row, strict=True):
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+            if image is not None:
+                axis.imshow(image)
+            axis.set_xlabel(text, fontsize=5.5, labelpad=2)
+        line[0].set_ylabel(name, fontsize=5.5)
+    for axis, name in zip(axes[0], columns, strict=True):
+        axis.set_title(name, fontsize=6)
+    return figure

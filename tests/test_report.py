@@ -1,0 +1,222 @@
+"""The reproduction report: one row for each figure and table of the paper, made by the cell it leads to."""
+
+import json
+import re
+from itertools import count
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from patchsae import figures
+from patchsae.errors import PatchSAEError
+from patchsae.evaluation import Interval
+from patchsae.report import ITEMS, KEY, Verdict, above, collect, finding, label_of, within
+from patchsae.stage import project_root
+
+NOTEBOOKS = sorted((project_root() / "notebooks").glob("*.ipynb"))
+DRAWN = {name: getattr(figures, name) for name in figures.__all__ if name[0].islower()}
+SAID = {"claim": "It holds.", "quantity": "gain", "unit": "points", "rule": "it does"}
+
+
+def code_below(label: str) -> str:
+    """Join the code between a target and the next one; a target belongs to one notebook."""
+    found = []
+    for path in NOTEBOOKS:
+        inside = False
+        for cell in nbformat.read(path, as_version=4).cells:
+            targets = re.findall(r"^\(([\w-]+)\)=$", cell.source, flags=re.MULTILINE)
+            if cell.cell_type == "markdown" and targets:
+                inside = label in targets
+                found += [""] if inside else []
+            elif cell.cell_type == "code" and inside:
+                found[-1] += cell.source + "\n"
+    assert len(found) == 1, f"{label} is the target of {len(found)} cells"
+    return found[0]
+
+
+def labels_given() -> dict[str, str]:
+    """Return the label of each item's row, as the notebooks' sources give it."""
+    source = "\n".join(
+        cell.source
+        for path in NOTEBOOKS
+        for cell in nbformat.read(path, 4).cells
+        if cell.cell_type == "code"
+    )
+    calls = re.findall(r'finding\(\s*"([^"]+)",(?:\s*label="([^"]+)",)?', source)
+    assert len(calls) == len(dict(calls)), "an item has two rows"
+    return {item: label or label_of(item) for item, label in calls}
+
+
+def test_the_paper_has_22_figures_and_two_tables():
+    assert list(ITEMS) == [f"Fig. {n}" for n in range(1, 23)] + ["Table 1", "Table 2"]
+
+
+def test_every_item_has_a_row_in_a_notebook():
+    assert set(labels_given()) == set(ITEMS)
+
+
+@pytest.mark.parametrize("item", ITEMS)
+def test_the_cell_of_a_row_makes_its_figure(item):
+    code = code_below(labels_given()[item])
+    if item.startswith("Table"):
+        assert "DataFrame" in code
+    elif item == "Fig. 12":
+        assert "Explorer(" in code
+    else:
+        assert any(f"figures.{name}(" in code for name, draw in DRAWN.items() if item in draw.figure_of)
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_every_figure_function_says_what_it_draws_and_is_shown(name):
+    assert set(DRAWN[name].figure_of) <= set(ITEMS)
+    assert any(f"figures.{name}(" in path.read_text() for path in NOTEBOOKS)
+
+
+def test_a_finding_keeps_its_numbers():
+    row = finding("Fig. 3", ours=Interval(2.0, 1.0, 3.0), paper=2.5, verdict=True, **SAID)
+    shown, metadata = json.loads(json.dumps(row._repr_mimebundle_()))
+    assert metadata[KEY]["ours"] == 2 and metadata[KEY]["interval"] == [1, 3]
+    assert metadata[KEY]["paper"] == 2.5 and metadata[KEY]["verdict"] == "reproduced"
+    assert "Paper: 2.5 points" in shown["text/html"] and "2.00 [1.00, 3.00] points" in shown["text/html"]
+
+
+@pytest.mark.parametrize(
+    ("ours", "written"),
+    [
+        (0.5, "0.5"),
+        (Interval(-0.0338, -0.2, 0.452), "−0.034 [−0.200, 0.452]"),
+        (Interval(59.04, 55.5, 62.3), "59.0 [55.5, 62.3]"),
+        (Interval(150.0, 120.0, 180.0), "150 [120, 180]"),
+        (Interval(0.0, 0.0, 0.0), "0 [0, 0]"),
+        (Interval(-0.001, -0.2, 31.7), "0.0 [−0.2, 31.7]"),
+    ],
+)
+def test_a_number_and_its_interval_have_the_same_decimals(ours, written):
+    assert finding("Fig. 3", ours=ours, verdict=True, **SAID | {"unit": ""}).measured() == written
+
+
+@pytest.mark.parametrize(
+    "ours", [float("nan"), Interval(float("nan"), 0.0, 1.0), Interval(float("inf"), 0.0, 1.0)]
+)
+def test_a_number_that_is_none_is_left_empty(ours):
+    row = finding("Fig. 3", ours=ours, verdict=False, why="There is none.", **SAID)
+    assert row.ours is None and row.interval is None and "this run –" in str(row)
+    json.dumps(row._repr_mimebundle_(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "larger", "small"),
+    [
+        (0.1, 0.9, "reproduced", "reproduced"),
+        (-0.9, -0.1, "differs", "reproduced"),
+        (-0.5, 0.5, "not decided", "reproduced"),
+        (0.5, 1.5, "reproduced", "not decided"),
+        (1.5, 2.5, "reproduced", "differs"),
+        (-2.5, -1.5, "differs", "differs"),
+    ],
+)
+def test_an_interval_that_holds_both_answers_decides_nothing(low, high, larger, small):
+    found = Interval((low + high) / 2, low, high)
+    assert (above(found), within(found, 1)) == (larger, small)
+
+
+def test_text_of_a_finding_is_no_markup():
+    said = SAID | {"claim": "a < b & c"}
+    assert (
+        "a &lt; b &amp; c"
+        in finding("Fig. 3", ours=1.0, verdict=True, **said)._repr_mimebundle_()[0]["text/html"]
+    )
+
+
+@pytest.mark.parametrize("verdict", [False, Verdict.DIFFERS, Verdict.PAPER_SCALE, Verdict.OPEN])
+def test_a_verdict_other_than_reproduced_needs_a_reason(verdict):
+    with pytest.raises(PatchSAEError, match="Fig. 3 is judged .* without a reason"):
+        finding("Fig. 3", ours=1.0, verdict=verdict, **SAID)
+
+
+def test_an_item_that_the_paper_lacks_is_refused():
+    with pytest.raises(PatchSAEError, match="The paper has no 'Fig. 23'"):
+        finding("Fig. 23", ours=1.0, verdict=True, **SAID)
+
+
+def executed(path: Path, items, targets) -> Path:
+    """Write a notebook that displays rows below targets."""
+    cells = [new_markdown_cell("\n".join(f"({target})=" for target in targets) + "\n# Title")]
+    for item in items:
+        row = finding(item, ours=1.0, verdict=True, **SAID)
+        data, metadata = row._repr_mimebundle_()
+        output = new_output("execute_result", data=data, metadata=metadata, execution_count=1)
+        cells.append(new_code_cell("row", outputs=[output]))
+    numbers = count()
+    for cell in cells:
+        cell["id"] = f"c{next(numbers)}"
+    nbformat.write(new_notebook(cells=cells), path)
+    return path
+
+
+def test_rows_come_in_the_paper_order_with_their_cell(tmp_path):
+    items = list(ITEMS)
+    first = executed(tmp_path / "01.ipynb", items[::-2], [label_of(i) for i in items])
+    second = executed(tmp_path / "02.ipynb", items[-2::-2], [label_of(i) for i in items])
+    rows = collect([first, second])
+    assert [row["id"] for row in rows] == items
+    assert rows[-1]["cell"] == "01.ipynb#table-2" and rows[0]["cell"] == "02.ipynb#fig-1"
+    assert set(rows[0]) >= {"id", "cell", "paper", "ours", "interval", "verdict", "why"}
+
+
+@pytest.mark.parametrize(
+    ("items", "targets", "message"),
+    [
+        (list(ITEMS)[1:], ITEMS, "No notebook reports Fig. 1: end its cell with a finding"),
+        (["Fig. 2", "Fig. 2"], ITEMS, "reports Fig. 2, but one.ipynb#fig-2 does too"),
+        (["Fig. 2"], ["Fig. 1"], r"reports Fig. 2 but has no target \(fig-2\)="),
+    ],
+)
+def test_a_row_that_is_missing_double_or_leads_nowhere_is_refused(tmp_path, items, targets, message):
+    path = executed(tmp_path / "one.ipynb", items, [label_of(target) for target in targets])
+    with pytest.raises(PatchSAEError, match=message):
+        collect([path])
+
+
+@pytest.fixture(scope="module")
+def report(html) -> dict:
+    """Return the report of the built book."""
+    return json.loads((html / "report.json").read_text())
+
+
+def test_the_built_report_has_24_rows_and_what_they_cost(report):
+    assert [row["id"] for row in report["rows"]] == list(ITEMS)
+    assert {row["verdict"] for row in report["rows"]} <= set(Verdict)
+    for row in report["rows"]:
+        assert row["ours"] is None or isinstance(row["ours"], float)
+        assert row["why"] or row["verdict"] == Verdict.REPRODUCED
+        assert row["interval"] is None or row["interval"][0] <= row["ours"] <= row["interval"][1]
+    assert [book["notebook"] for book in report["notebooks"]] == [path.name for path in NOTEBOOKS]
+    for book in report["notebooks"]:
+        assert book["seconds"] > 0 and "seed" in book["seeds"] and book["scale"] == "embedded"
+        assert book["peak_mb"] is None or book["peak_mb"] > 100
+    assert report["versions"]["torch"] and report["versions"]["python"]
+
+
+def test_every_link_of_the_report_lands_on_its_cell(report, visit, html):
+    page, wrong = visit(html / "book" / "report.html")
+    page.emulate_media(reduced_motion="reduce")
+    shown = page.evaluate("""() => [...document.querySelectorAll('table:first-of-type tbody tr')]
+        .map(row => [row.cells[0].innerText.trim(), row.querySelector('a')?.href])""")
+    links = dict(shown)
+    for row in report["rows"]:
+        name, label = row["cell"].split("#")
+        target = links[row["id"]]
+        assert target.endswith(f"/{name.removesuffix('.ipynb')}.html#{label}")
+        page.goto(target)
+        page.wait_for_function(
+            """label => { const at = document.getElementById(label);
+            return at !== null && at.getBoundingClientRect().top < innerHeight; }""",
+            arg=label,
+        )
+        # the sentence that the row was taken from stands on the same page
+        card = page.locator(f'[data-finding="{row["id"]}"]')
+        assert card.count() == 1 and row["verdict"] in card.inner_text()
+    assert wrong == []
