@@ -1,0 +1,34 @@
+// Runs explorer.js in a page without a kernel or server: blocks come as scripts beside the page.
+(function (index, source) {
+  const root = document.currentScript.previousElementSibling;
+  const content = document.documentElement.dataset.content_root; // Sphinx says where the pages' root is
+  const base = root.dataset.base || (content === undefined ? "" : content + "_static/explorer/");
+  const listeners = new Set();
+  const tell = (message) => listeners.forEach((listener) => listener(message));
+  const folders = ((window.patchsaeExplorer ??= {
+    folders: {},
+    receive(folder, name, data) {
+      this.folders[folder]?.forEach((tell) => tell({ block: name, data }));
+    },
+  }).folders);
+  (folders[index.folder] ??= []).push(tell);
+  const model = {
+    get: (key) => ({ index })[key],
+    on: (_, listener) => listeners.add(listener),
+    off: (_, listener) => listeners.delete(listener),
+    send({ want }) {
+      const script = document.createElement("script");
+      script.src = `${base}${index.folder}/${want}.js`;
+      script.onload = () => script.remove();
+      script.onerror = () =>
+        tell({ block: want, failed: `The data of this page is not beside it (${script.src}): build the book again.` });
+      document.head.append(script);
+    },
+  };
+  // external modules do not load from file://, a Blob does
+  const url = URL.createObjectURL(new Blob([source], { type: "text/javascript" }));
+  import(url).then((module) => {
+    root.replaceChildren();
+    module.default.render({ model, el: root });
+  });
+})
