@@ -13,7 +13,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.mmap_threshold=4294967296:glibc.malloc.tri
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lab bench clip lock clean
+.PHONY: help book test lab bench clip prompts lock clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,11 @@ bench: $(BENCH)/.installed ## Install the peers in .bench-venv, measure, write b
 clip: $(INSTALLED) ## Train the small CLIP of artefacts/small_clip again, or go on where it stopped
 	$(BIN)/python artefacts/small_clip/train.py
 
+prompts: $(INSTALLED) ## Learn the prompts of artefacts/prompts again where they are missing
+	$(BIN)/python artefacts/prompts/train.py
+	$(BIN)/python artefacts/prompts/train.py --method coop
+	$(BIN)/python artefacts/prompts/train.py --method vpt
+
 lock: ## Resolve the newest indirect dependencies and write requirements.lock
 	rm -rf .lock-venv
 	$(PYTHON) -m venv .lock-venv
@@ -49,10 +54,16 @@ lock: ## Resolve the newest indirect dependencies and write requirements.lock
 	.lock-venv/bin/pip freeze --exclude-editable | sed 's/+cpu$$//' \
 	  | grep -viE '^(nvidia|cuda|triton|setuptools)' | grep -vxFf requirements.lock > .lock-venv/lock
 	mv .lock-venv/lock benchmarks/requirements.lock
+	.lock-venv/bin/pip uninstall --quiet --yes $$(sed 's/==.*//' benchmarks/requirements.lock)
+	.lock-venv/bin/pip install --quiet -c requirements.lock -e '.[cluster]'
+	.lock-venv/bin/pip check
+	.lock-venv/bin/pip freeze --exclude-editable | sed 's/+cpu$$//' \
+	  | grep -viE '^(nvidia|cuda|triton|setuptools)' | grep -vxFf requirements.lock > .lock-venv/lock
+	mv .lock-venv/lock workflow/requirements.lock
 	rm -rf .lock-venv
 
 clean: ## Remove everything made here, the environment and all results included
-	rm -rf $(VENV) .lock-venv $(BENCH) _build results book/notebooks book/_static/vendor
+	rm -rf $(VENV) .lock-venv $(BENCH) _build results book/notebooks book/_static/vendor book/_static/explorer
 	rm -rf .pytest_cache .ruff_cache .hypothesis lib/*.egg-info
 	find lib tests book benchmarks artefacts -name __pycache__ -prune -exec rm -rf {} +
 

@@ -1,11 +1,17 @@
 """Build the book: execute what changed, render it for a reader without a network, check it.
 
+    python book/build.py            # _build/html
+    python book/build.py --small    # _build/small/_build/html: tiny sizes, to see that all of it works
+
 Each notebook is executed through `patchsae.run` into a stage folder named by the hash of its
 inputs, so an interrupted build goes on where it stopped and a second build does nothing.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -21,13 +27,17 @@ from patchsae.stage import (
     Stage,
     digest,
     file_digest,
+    machine,
     project_root,
     tree_digests,
     versions,
     write_atomic,
+    write_json,
 )
 
+REPORT = "book/report"  # a page that is made here
 MATHJAX = "tex-svg-full.js"
+SMALL = "book/small.yml"  # parameters of each notebook for a build whose numbers mean nothing
 
 
 def pages(root: Path) -> list[str]:
@@ -49,8 +59,12 @@ def pages(root: Path) -> list[str]:
     return found
 
 
-def execute_notebooks(root: Path) -> None:
-    """Bring every executed notebook in book/notebooks up to date with its inputs."""
+def execute_notebooks(root: Path, build: Path, parameters: dict[str, dict]) -> dict[str, dict]:
+    """Bring every executed notebook in book/notebooks up to date with its inputs; return their manifests.
+
+    `parameters` of a notebook by its name; those not there keep the notebook's own.
+    """
+    manifests = {}
     before = digest(
         {
             "library": tree_digests(root, "lib/patchsae/**/*", "artefacts/**/*"),
@@ -65,17 +79,21 @@ def execute_notebooks(root: Path) -> None:
         if not source.is_file():
             raise PatchSAEError(f"_toc.yml names {page}, but there is no {source}: add it.")
         # A notebook may read what the notebooks before it left behind, so it depends on them all.
-        stage = Stage.open(root / "_build" / "notebooks", name, {"notebook": source, "before": before})
+        given = parameters.get(name, {})
+        inputs = {"notebook": source, "before": before, "parameters": given}
+        stage = Stage.open(build / "notebooks", name, inputs)
         executed = stage.path / f"{name}.ipynb"
         if stage.done and executed.is_file():
             print(f"{name}: unchanged", flush=True)
         else:
             print(f"{name}: running …", flush=True)
-            cost = run_notebook(source, executed, cwd=root)
-            stage.finish(**cost._asdict())
+            cost = run_notebook(source, executed, given, cwd=root)
+            stage.finish(**cost._asdict(), machine=machine())
             print(f"{name}: {cost.seconds:.1f} s, peak {cost.peak_mb or 0:.0f} MB", flush=True)
         place(executed, root / f"{page}.ipynb")
+        manifests[name] = stage.manifest
         before = digest(stage.inputs)
+    return manifests
 
 
 def place(source: Path, target: Path) -> None:
@@ -95,9 +113,42 @@ def bring_mathjax(root: Path) -> None:
     )
 
 
-def render(root: Path) -> Path:
+def bring_blocks(root: Path) -> None:
+    """Copy the data that an explorer in an executed notebook names to where its page loads it from."""
+    static, wanted = root / "book" / "_static" / "explorer", {}
+    for page in (root / "book" / "notebooks").glob("*.ipynb"):
+        for name in re.findall(r'data-blocks=\\"([^"\\]+)', page.read_text(encoding="utf-8")):
+            wanted[Path(name).name] = root / name
+    for name, folder in wanted.items():
+        files = sorted(folder.glob("*.js"))
+        if not files:
+            raise PatchSAEError(
+                f"{folder}, which a notebook's explorer shows, has gone: run `make clean book`."
+            )
+        for file in files:
+            place(file, static / name / file.name)
+    for stale in static.glob("*"):
+        if stale.name not in wanted:
+            shutil.rmtree(stale)
+
+
+def write_report(root: Path, build: Path, manifests: dict[str, dict]) -> None:
+    """Make the reproduction report's page and report.json in `build`, unless they are up to date."""
+    rows, page = build / "report.json", build / "report.md"
+    inputs = digest({"notebooks": manifests, "writer": file_digest(root / "book" / "report.py")})
+    done = rows.is_file() and page.is_file() and json.loads(rows.read_text()).get("inputs") == inputs
+    if not done:
+        import report  # it waits for torch, which a build without changes need not
+
+        found = report.gather(root, manifests)
+        report.write_page(root, found, page)
+        write_json(rows, found | {"inputs": inputs})
+    place(page, root / f"{REPORT}.md")
+
+
+def render(root: Path, build: Path) -> Path:
     """Render the pages with jupyter-book, where warnings are errors, unless they are up to date."""
-    html = root / "_build" / "html"
+    html = build / "html"
     record = html / "inputs.json"
     inputs = {
         "pages": tree_digests(root, "book/**/*", "_config.yml", "_toc.yml"),
@@ -113,12 +164,12 @@ def render(root: Path) -> Path:
         print("pages: unchanged", flush=True)
         return index
     # Sphinx warns about a page only when it reads it: a second try after a warning would pass.
-    for stale in (html, root / "_build" / ".doctrees"):
+    for stale in (html, build / ".doctrees"):
         shutil.rmtree(stale, ignore_errors=True)
     started = time.perf_counter()
     command = [Path(sys.executable).with_name("jupyter-book"), "build", root]
     command += ["--toc", root / "_toc.yml", "--config", root / "_config.yml"]
-    command += ["-W", "-n", "--keep-going", "--quiet"]
+    command += ["--path-output", build.parent, "-W", "-n", "--keep-going", "--quiet"]
     rendered = subprocess.run([str(word) for word in command], cwd=root)
     if rendered.returncode:
         raise PatchSAEError("jupyter-book refused the book: mend the warnings above, then rebuild.")
@@ -141,12 +192,21 @@ def missing(root: Path, html: Path) -> list[str]:
 
 def main() -> int:
     """Build the book and print the page to open."""
-    started = time.perf_counter()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--small", action="store_true", help=f"take the notebooks' parameters from {SMALL}")
+    small, started = parser.parse_args().small, time.perf_counter()
     try:
         root = project_root()
-        execute_notebooks(root)
+        build = root / "_build" / "small" / "_build" if small else root / "_build"
+        parameters = yaml.safe_load((root / SMALL).read_text(encoding="utf-8")) if small else {}
+        manifests = execute_notebooks(root, build, parameters)
         bring_mathjax(root)
-        index = render(root)
+        bring_blocks(root)
+        if REPORT in pages(root):
+            write_report(root, build, manifests)
+        index = render(root, build)
+        if REPORT in pages(root):
+            place(build / "report.json", build / "html" / "report.json")
     except (PatchSAEError, NotebookFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

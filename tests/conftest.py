@@ -1,6 +1,11 @@
 """Shared by all tests."""
 
 import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import urlparse
 
 import torch
 
@@ -12,7 +17,20 @@ import patchsae.compat  # noqa: E402, F401  (declares torchvision's operators be
 
 # isort: split
 import pytest  # noqa: E402
+from playwright.sync_api import sync_playwright  # noqa: E402
 from tiny import tiny_backbone, tiny_images  # noqa: E402
+
+from patchsae.stage import project_root  # noqa: E402
+
+CHROMIUM = Path("/usr/bin/chromium")
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--no-first-run",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 @pytest.fixture(scope="module")
@@ -25,3 +43,68 @@ def backbone():
 def images():
     """Return 40 real scenes of 10 classes."""
     return tiny_images()
+
+
+@pytest.fixture(scope="session")
+def small_book() -> Path:
+    """Build the whole book at tiny sizes, unless it is up to date; return its folder of pages."""
+    command = [sys.executable, "book/build.py", "--small"]
+    built = subprocess.run(command, cwd=project_root(), capture_output=True, text=True)
+    if built.returncode:
+        pytest.fail(built.stdout + built.stderr, pytrace=False)
+    html = project_root() / "_build" / "small" / "_build" / "html"
+    assert built.stdout.splitlines()[-1] == f"open {(html / 'index.html').as_uri()}"
+    return html
+
+
+@pytest.fixture(scope="session")
+def html(request) -> Path:
+    """Return the pages of the book that is built here, or of a small one where it is not (CI)."""
+    pages = re.findall(r"(?:root|file):\s*(\S+)", (project_root() / "_toc.yml").read_text())
+    built = project_root() / "_build" / "html"
+    whole = all((built / f"{page}.html").is_file() for page in ["index", *pages])
+    return built if whole else request.getfixturevalue("small_book")
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Start Debian's Chromium; without it the tests are skipped, but never in CI."""
+    if not CHROMIUM.exists():
+        message = f"{CHROMIUM} is missing: apt-get install chromium to test the pages in a browser"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def visit(browser):
+    """Return a function that opens a page in a fresh context and tells what went wrong there."""
+    contexts = []
+
+    def open_page(path: Path, width: int = 1400):
+        context = browser.new_context(viewport={"width": width, "height": 900})
+        contexts.append(context)
+        page = context.new_page()
+        wrong: list[str] = []
+
+        def gate(route):
+            if urlparse(route.request.url).scheme in ("file", "data", "blob"):
+                route.continue_()
+            else:
+                wrong.append(f"asked the network: {route.request.url}")
+                route.abort()
+
+        context.route("**/*", gate)
+        context.on("requestfailed", lambda r: wrong.append(f"failed: {r.url} {r.failure}"))
+        page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda e: wrong.append(f"page error: {e}"))
+        page.goto(path.as_uri(), wait_until="load")
+        return page, wrong
+
+    yield open_page
+    for context in contexts:
+        context.close()

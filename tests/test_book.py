@@ -1,34 +1,20 @@
 """The rendered book in a browser without a network, as a reader opens it from disk.
 
-Where the book is not built yet (a clean clone, CI) the session builds it first.
+Where the book is not built yet (a clean clone, CI) the session builds a small one first.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import pytest
 import yaml
-from playwright.sync_api import sync_playwright
 
 from patchsae.stage import project_root
 
 ROOT = project_root()
-HTML = ROOT / "_build" / "html"
-CHROMIUM = Path("/usr/bin/chromium")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--no-first-run",
-    "--disable-component-update",
-    "--disable-sync",
-]
 PAGES = re.findall(r"(?:root|file):\s*(\S+)", (ROOT / "_toc.yml").read_text())
 MEDIA = """() => [...document.images]
   .filter(i => !i.complete || i.naturalWidth === 0).map(i => i.src)"""
@@ -38,62 +24,6 @@ MATH = """() => ({
         .map(m => m.textContent),
   broken: [...document.querySelectorAll('[data-mml-node="merror"]')].map(m => m.textContent),
 })"""
-
-
-@pytest.fixture(scope="session")
-def html() -> Path:
-    """Build the book unless it is there."""
-    if not (HTML / "index.html").is_file():
-        command = [sys.executable, "book/build.py"]
-        built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if built.returncode:
-            pytest.fail(built.stdout + built.stderr, pytrace=False)
-        assert built.stdout.splitlines()[-1] == f"open {(HTML / 'index.html').as_uri()}"
-    return HTML
-
-
-@pytest.fixture(scope="session")
-def browser():
-    """Start Debian's Chromium; without it the tests are skipped, but never in CI."""
-    if not CHROMIUM.exists():
-        message = f"{CHROMIUM} is missing: apt-get install chromium to test the book in a browser"
-        if os.environ.get("CI") == "true":
-            pytest.fail(message)
-        pytest.skip(message)
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
-        yield started
-        started.close()
-
-
-@pytest.fixture
-def visit(browser, html):
-    """Return a function that opens a page in a fresh context and tells what went wrong there."""
-    contexts = []
-
-    def open_page(path: Path):
-        context = browser.new_context(viewport={"width": 1400, "height": 900})
-        contexts.append(context)
-        page = context.new_page()
-        wrong: list[str] = []
-
-        def gate(route):
-            if urlparse(route.request.url).scheme in ("file", "data", "blob"):
-                route.continue_()
-            else:
-                wrong.append(f"asked the network: {route.request.url}")
-                route.abort()
-
-        context.route("**/*", gate)
-        context.on("requestfailed", lambda r: wrong.append(f"failed: {r.url} {r.failure}"))
-        page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
-        page.on("pageerror", lambda e: wrong.append(f"page error: {e}"))
-        page.goto(path.as_uri(), wait_until="load")
-        return page, wrong
-
-    yield open_page
-    for context in contexts:
-        context.close()
 
 
 def settle_math(page) -> None:
@@ -156,3 +86,48 @@ def test_the_search_of_the_book_finds_a_word_offline(visit, html):
     page.goto(f"{(html / 'search.html').as_uri()}?q=pictogram")
     page.wait_for_selector("#search-results li a")
     assert wrong == []
+
+
+# Of each element: its text's colour against the first background below it that is not transparent.
+CONTRAST = """chosen => [...document.querySelectorAll(chosen)].map(one => {
+  const parts = colour => colour.match(/[\\d.]+/g).map(Number);
+  let below = one, ground = [0, 0, 0, 0];
+  while (below && ground[3] === 0) {
+    const [r, g, b, alpha = 1] = parts(getComputedStyle(below).backgroundColor);
+    [ground, below] = [[r, g, b, alpha], below.parentElement];
+  }
+  const light = colour => colour.slice(0, 3).map(v => v / 255)
+    .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const [a, b] = [light(parts(getComputedStyle(one).color)), light(ground)];
+  return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05); })"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_a_finding_can_be_read_and_has_no_frame_of_another_colour(visit, html, theme):
+    page, _ = visit(html / "book" / "notebooks" / "01_training.html")
+    page.evaluate("theme => { document.documentElement.dataset.theme = theme; }", theme)
+    page.wait_for_timeout(400)  # colours fade in
+    seen = page.evaluate(CONTRAST, ".finding p, .finding strong")
+    assert len(seen) > 2 and min(seen) >= 4.5
+    frame = """() => getComputedStyle(document.querySelector('.text_html:has(.finding)')).backgroundColor"""
+    assert page.evaluate(frame) == "rgba(0, 0, 0, 0)"
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_every_verdict_of_the_report_can_be_read(visit, html, theme):
+    page, _ = visit(html / "book" / "report.html")
+    page.evaluate("theme => { document.documentElement.dataset.theme = theme; }", theme)
+    page.wait_for_timeout(400)
+    seen = page.evaluate(CONTRAST, "table.rows .sd-badge")
+    assert len(seen) > 20 and min(seen) >= 4.5
+
+
+def test_the_verdicts_are_reached_on_a_narrow_screen(visit, html):
+    page, _ = visit(html / "book" / "report.html", width=400)
+    badge = page.locator("table.rows .sd-badge").first
+    badge.scroll_into_view_if_needed()
+    page.evaluate("() => { document.querySelector('table.rows').parentElement.scrollLeft = 9999; }")
+    box = badge.bounding_box()
+    assert box["x"] >= 0 and box["x"] + box["width"] <= 400
+    assert page.evaluate("() => document.documentElement.scrollWidth") <= 400

@@ -599,7 +599,8 @@ def test_the_data_card_says_what_the_code_does():
         looks = [style for style in images.styles if style != SILHOUETTE]
         held_out = n - trained[looks][:, images.concept_of_label].any(0).sum()
         halves = f"{len(data.base().classnames)} / {len(data.novel().classnames)}"
-        assert rows[f"`{name}`"] == [str(n), halves, str(held_out), data.template.format("…")]
+        row = rows[f"{data.title} (`{name}`)"]
+        assert row == [str(n), halves, str(held_out), data.template.format("…")]
     assert {row for row in rows if row.startswith(("`skimage/", "`sklearn/"))} == {
         f"`{photo}`" for names in PHOTOS.values() for photo in names
     }
