@@ -41,10 +41,10 @@ class Lists(NamedTuple):
 
 @cache
 def has_bf16_units() -> bool:
-    """Tell whether the processor multiplies bf16 matrices in hardware."""
+    """Tell whether the processor multiplies bf16 in hardware: AMX tiles, or AVX-512's dot products."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return " amx_bf16" in file.read()
+            return not {"amx_bf16", "avx512_bf16"}.isdisjoint(file.read().split())
     except OSError:
         return False
 
