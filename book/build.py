@@ -89,7 +89,7 @@ def execute_notebooks(root: Path, build: Path, parameters: dict[str, dict]) -> d
             print(f"{name}: running …", flush=True)
             cost = run_notebook(source, executed, given, cwd=root)
             stage.finish(**cost._asdict(), machine=machine())
-            print(f"{name}: {cost.seconds:.1f} s, peak {cost.peak_mb or 0:.0f} MB", flush=True)
+            print(f"{name}: {cost.seconds:.1f} s, peak {cost.peak_mb:.0f} MB", flush=True)
         place(executed, root / f"{page}.ipynb")
         manifests[name] = stage.manifest
         before = digest(stage.inputs)

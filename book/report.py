@@ -47,8 +47,8 @@ the paper prints no number for what is compared, its column is empty.
 COSTS = """\
 ## What it took
 
-Wall time and peak memory of each notebook when it was executed; a notebook finds what those before
-it, or an earlier build, left in `results`.
+Wall time and peak resident memory of each notebook when it was executed, all of its processes together; a
+notebook finds what those before it, or an earlier build, left in `results`.
 """
 
 
@@ -162,14 +162,20 @@ def _run(report: Mapping[str, Any]) -> list[str]:
     ]
     for book in report["notebooks"]:
         seeds = ", ".join(f"{name} {value}" for name, value in book["seeds"].items())
-        memory = "" if book["peak_mb"] is None else f"{book['peak_mb']:,.0f} MB"
+        memory = f"{book['peak_mb']:,.0f} MB"
         lines.append(
             f"| [{book['notebook']}](notebooks/{book['notebook']}) | {book['seconds']:.0f} s | {memory} "
-            f"| {seeds} | {book['started']} | `{(book['commit'] or '')[:12]}` |"
+            f"| {seeds} | {book['started']} | `{_short(book['commit'])}` |"
         )
     machines = sorted({book["machine"] for book in report["notebooks"] if book["machine"]})
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     return [*lines, "", f"Machine: {'; '.join(machines)}.", "", f"Versions: {versions}.", ""]
+
+
+def _short(commit: str | None) -> str:
+    """Shorten a commit's number, and keep what says that files were changed."""
+    number, dash, changed = (commit or "no commit").partition("-")
+    return number[:12] + dash + changed
 
 
 def _finding(row: Mapping[str, Any]) -> Finding:

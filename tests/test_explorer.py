@@ -1,6 +1,7 @@
 """What the explorer shows, against direct computation; bad input; static and live."""
 
 import importlib.util
+import io
 import json
 
 import numpy as np
@@ -8,13 +9,14 @@ import pytest
 import torch
 from PIL import Image
 from test_notebooks import photographs, text_of  # noqa: F401
-from tiny_explorer import HASH, make_parts, tiny_atlas
+from tiny_explorer import HASH, make_parts, tiny_atlas, tuned
 
 from patchsae.activations import Tokens, token_columns
 from patchsae.errors import PatchSAEError
 from patchsae.explorer import Explorer, ExplorerConfig, Shown, write_blocks
 from patchsae.explorer.blocks import LIMIT, pack, read_activations, read_block, unpack
 from patchsae.explorer.data import Activations, group_latents, image_values, patch_map, patch_values
+from patchsae.explorer.widget import read_picture
 from patchsae.run import run_notebook
 from patchsae.stage import project_root
 
@@ -184,7 +186,28 @@ def test_bad_input_becomes_a_message_and_the_widget_goes_on(parts, tmp_path, mon
     assert "120 megapixels, more than 100" in heard.ask({"path": str(huge)})["problem"]
     Image.new("1", (30_000, 7_000)).save(huge)  # Pillow itself refuses this one
     assert "more than 100 megapixels" in heard.ask({"path": str(huge)})["problem"]
+    Image.new("1", (50_000, 1)).save(huge)  # 5.6 million pixels wide, were its height CLIP's
+    assert "50000 pixels long and 1 wide" in heard.ask({"path": str(huge)})["problem"]
     assert heard.ask({"want": "acts-0-0"})["data"] == explorer.block("acts-0-0")
+
+
+def test_a_photo_is_turned_as_its_exif_data_say(tmp_path):
+    upright = Image.new("RGB", (40, 20))
+    upright.paste((255, 0, 0), (0, 0, 20, 20))
+    turned, tags = upright.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    tags[0x0112] = 6  # shown turned clockwise
+    turned.save(tmp_path / "phone.png", exif=tags)
+    for source in (tmp_path / "phone.png", (tmp_path / "phone.png").read_bytes()):
+        picture, _ = read_picture(source)
+        assert picture.tobytes() == upright.tobytes() and picture.size == (40, 20)
+
+
+def test_a_view_opened_later_knows_the_images_added_before(parts):
+    explorer, content = parts.explorer(), io.BytesIO()
+    Image.new("RGB", (60, 50), (200, 30, 30)).save(content, "PNG")
+    assert explorer.add(content.getvalue(), "mine.png") == len(explorer.index["gallery"])
+    assert explorer.index["own"] == [{"title": "mine.png", "set": "your images"}]
+    assert '"own": []' in explorer.html()  # a page has no kernel to ask for it
 
 
 def test_an_atlas_of_another_sae_is_named_and_the_rest_goes_on(parts, tmp_path):
@@ -208,7 +231,7 @@ def test_an_atlas_of_another_sae_is_named_and_the_rest_goes_on(parts, tmp_path):
     (notice,) = shown([parts.sets[0]._replace(atlas=of_maple)]).index["notices"]
     assert "made with another model" in notice
     (notice,) = shown([parts.sets[0]._replace(images=parts.gallery)]).index["notices"]
-    assert "describes 40 images, not the 6 given" in notice
+    assert "describes 40 images that are not the 6 given" in notice
 
 
 def test_another_sae_leaves_the_gallery_and_says_so(parts):
@@ -217,8 +240,10 @@ def test_another_sae_leaves_the_gallery_and_says_so(parts):
     assert explorer.block("acts-0-0")
     with pytest.raises(PatchSAEError, match="has no models"):
         explorer.add(b"")
-    fewer = Explorer(parts.folder, parts.sae, HASH, parts.models[:2])
-    assert "models given are not those" in fewer.index["notices"][0]
+    renamed = parts.models[0], parts.models[1], Shown(parts.models[2].title, tuned(2))
+    for models in (parts.models[:2], renamed):
+        other = Explorer(parts.folder, parts.sae, HASH, models)
+        assert "models given are not those" in other.index["notices"][0] and not other.index["live"]
 
 
 def test_what_cannot_be_shown_is_refused(parts, tmp_path):

@@ -1,7 +1,6 @@
 """The explorer in a browser without a network, opened from disk: every control changes what is drawn."""
 
 import json
-import os
 import shutil
 import time
 
@@ -21,6 +20,9 @@ PATCH_COLOUR = """([row, column, rows, columns]) => {
   const c = document.querySelector('[data-part="map-clip"]');
   const x = (column + 0.5) * c.width / columns, y = (row + 0.5) * c.height / rows;
   return [...c.getContext('2d').getImageData(x, y, 1, 1).data.slice(0, 3)]; }"""
+AXIS = """peak => { const context = document.createElement('canvas').getContext('2d');
+  context.font = '11px system-ui, sans-serif';
+  return Math.ceil(context.measureText(peak.toPrecision(3)).width) + 10; }"""
 REFERENCES = "() => [...document.querySelectorAll('.references canvas')].map(c => c.toDataURL()).join()"
 
 
@@ -179,9 +181,11 @@ def test_the_model_the_slider_and_the_mask_change_what_is_drawn(opened):
 
 def test_bars_and_scatter_choose_a_latent(opened):
     first = opened.evaluate("() => JSON.parse(window.seen).latent")
-    other = next(s for s, _ in lists(opened)["common"] if s != first)
-    box = part(opened, "bars-image").bounding_box()
-    x = 1 + (other + 0.5) * (box["width"] - 2) / 128
+    values = {s: v for group in lists(opened).values() for s, v in group}
+    # in the middle, where a place without the margin for the axis would be beside the bar
+    other = min(set(values) - {first}, key=lambda s: abs(s - 40))
+    left = opened.evaluate(AXIS, max(values.values()))
+    x = left + (other + 0.5) * (part(opened, "bars-image").bounding_box()["width"] - 4 - left) / 128
     part(opened, "bars-image").click(position={"x": x, "y": 75})
     assert drawn(opened)["latent"] == other
     chosen = opened.evaluate("""() => { const c = document.querySelector('[data-part="scatter"]');
@@ -303,16 +307,23 @@ def test_the_keyboard_reaches_everything(opened, parts):
     assert names == 0
 
 
+def quickest(page, loads=3) -> tuple[float, float]:
+    """Return the seconds until the explorer can be used, and from a click to its picture: each the best."""
+    found = []
+    for _ in range(loads):
+        page.reload(wait_until="commit")
+        page.wait_for_function("() => document.querySelector('.px')?.dataset.drawn", polling=20)
+        ready = page.evaluate("() => performance.now()") / 1000
+        page.evaluate("() => { window.seen = document.querySelector('.px').dataset.drawn; }")
+        started = time.perf_counter()
+        page.locator(".px .thumbnail").nth(2).click()
+        drawn(page)
+        found.append((ready, time.perf_counter() - started))
+    return tuple(map(min, zip(*found, strict=True)))
+
+
 def test_the_first_interaction_comes_within_a_second(opened):
-    page = opened
-    page.reload(wait_until="commit")
-    page.wait_for_function("() => document.querySelector('.px')?.dataset.drawn")
-    ready = page.evaluate("() => performance.now()")
-    page.evaluate("() => { window.seen = document.querySelector('.px').dataset.drawn; }")
-    started = time.perf_counter()
-    page.locator(".px .thumbnail").nth(2).click()
-    drawn(page)
-    assert ready < 1000 * (3 if os.environ.get("CI") else 1.5) and time.perf_counter() - started < 1
+    assert max(quickest(opened)) < 1
 
 
 @pytest.mark.parametrize("width", [400, 1000])
@@ -355,6 +366,137 @@ def test_missing_data_is_said_in_the_page(browser, parts, tmp_path):
     page.close()
 
 
+@pytest.fixture
+def held(browser, page_file):
+    """Open the page with a gate before its blocks: `wait` names those kept back, `lose` those lost."""
+
+    class Gate:
+        def __init__(self):
+            self.page, self.wait, self.lose, self.kept = browser.new_page(), (), (), []
+
+        def pass_on(self, route):
+            name = route.request.url.rsplit("/", 1)[-1]
+            if name.startswith(self.lose):
+                route.abort()
+            elif name.startswith(self.wait):
+                self.kept.append(route)
+            else:
+                route.continue_()
+
+        def release(self):
+            self.wait = ()
+            for route in self.kept:
+                route.continue_()
+
+    gate = Gate()
+    gate.page.set_default_timeout(10_000)
+    gate.page.route("**/*.js", gate.pass_on)
+    gate.page.goto(page_file.as_uri())
+    drawn(gate.page)
+    yield gate
+    gate.page.close()
+
+
+def settled(page) -> dict:
+    """Wait until nothing has been drawn for a while, and return the state."""
+    page.wait_for_timeout(400)
+    return page.evaluate("() => JSON.parse(window.seen = document.querySelector('.px').dataset.drawn)")
+
+
+def call(page, latent) -> None:
+    part(page, "number").fill(str(latent))
+    part(page, "number").press("Enter")
+
+
+def test_a_latent_chosen_again_before_the_other_came_is_not_loading_for_ever(held):
+    call(held.page, 3)
+    assert drawn(held.page)["latent"] == 3
+    held.wait = ("refs-1",)
+    call(held.page, 100)  # in the other block
+    held.page.wait_for_timeout(200)
+    assert held.kept and part(held.page, "loading").inner_text() == "loading …"
+    call(held.page, 3)
+    held.release()
+    assert settled(held.page)["latent"] == 3 and part(held.page, "loading").inner_text() == ""
+
+
+def test_a_choice_during_loading_does_not_lose_the_one_before(held):
+    held.wait = ("image-4", "acts-4")
+    held.page.locator(".px .thumbnail").nth(4).click()
+    part(held.page, "opacity").press("Home")
+    held.release()
+    state = settled(held.page)
+    assert state["image"] == 4 and state["opacity"] == 0
+    assert state["latent"] in {s for group in lists(held.page).values() for s, _ in group}
+
+
+def test_a_choice_whose_data_are_lost_is_taken_back(held):
+    before = pixels(held.page, "image", "map-clip"), part(held.page, "where").inner_text()
+    held.lose = ("acts-4", "acts-0-2")
+    held.page.locator(".px .thumbnail").nth(4).click()
+    held.page.wait_for_selector('.px [data-part="message"].wrong')
+    held.page.set_viewport_size({"width": 900, "height": 900})  # draws again
+    held.page.set_viewport_size({"width": 1280, "height": 720})
+    assert settled(held.page)["image"] == 0
+    assert (pixels(held.page, "image", "map-clip"), part(held.page, "where").inner_text()) == before
+    assert held.page.locator('.px .thumbnail[aria-pressed="true"]').get_attribute("data-number") == "0"
+    part(held.page, "model").select_option("2")
+    held.page.wait_for_timeout(300)
+    assert part(held.page, "model").input_value() == "1"
+    assert part(held.page, "title-adapted").inner_text().startswith("Only MaPLe")
+    part(held.page, "opacity").press("Home")
+    assert drawn(held.page)["opacity"] == 0
+    held.lose = ()  # asked for again, it comes
+    held.page.locator(".px .thumbnail").nth(4).click()
+    assert drawn(held.page)["image"] == 4
+
+
+def test_references_that_are_lost_are_not_those_of_another_latent(held):
+    call(held.page, 3)
+    drawn(held.page)
+    held.lose = ("refs-1",)
+    call(held.page, 100)
+    assert drawn(held.page)["latent"] == 100
+    references = part(held.page, "references")
+    assert references.locator("canvas").count() == 0
+    assert "is not beside it" in references.locator('[role="alert"]').inner_text()
+    held.lose = ()
+    call(held.page, 3)
+    drawn(held.page)
+    call(held.page, 100)
+    drawn(held.page)
+    assert references.locator(".references").count() == 2
+
+
+def test_the_patch_taken_back_by_keyboard_leaves_the_focus_on_the_image(opened, parts):
+    click_patch(opened, 1, 1, parts.models[0].backbone.grid)
+    part(opened, "whole").focus()
+    opened.keyboard.press("Enter")
+    assert drawn(opened)["patch"] is None
+    assert opened.evaluate("() => document.activeElement.dataset.part") == "image"
+
+
+def test_tab_leaves_the_gallery_from_any_of_its_images(opened):
+    opened.locator(".px .thumbnail").first.focus()
+    for _ in range(2):
+        opened.keyboard.press("ArrowLeft")  # from the first to the last, and back by one
+    opened.keyboard.press("Tab")
+    assert opened.evaluate("() => document.activeElement.dataset.part") == "model"
+
+
+def test_a_notice_stands_on_the_page(browser, parts, tmp_path):
+    path = parts.folder.parent / "other.html"
+    other = Explorer(parts.folder, parts.sae, "sae-another", parts.models)
+    path.write_text("<!doctype html><meta charset=utf-8>" + other.html(base="./"), encoding="utf-8")
+    page = browser.new_page()
+    page.goto(path.as_uri())
+    drawn(page)
+    assert "only the gallery can be picked" in part(page, "notices").inner_text()
+    page.locator(".px .thumbnail").nth(2).click()
+    assert drawn(page)["image"] == 2
+    page.close()
+
+
 def test_no_control_of_the_static_page_needs_a_kernel(opened):
     assert opened.locator('.px input[type="file"], .px input[type="text"], .px form').count() == 0
 
@@ -373,3 +515,4 @@ def test_the_chapter_shows_the_explorer(visit, html):
     page.locator(".px .thumbnail").nth(1).click()
     drawn(page)
     assert pixels(page, "image") != before and wrong == []
+    assert max(quickest(page)) < 1 and wrong == []

@@ -1,4 +1,4 @@
-"""The explorer in JupyterLab with a live kernel: an image by path, one by upload, and what is no image."""
+"""The explorer in JupyterLab with a live kernel: every control, images of the user's, what is no image."""
 
 import os
 import socket
@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from itertools import pairwise
 from pathlib import Path
 
 import nbformat
@@ -14,7 +15,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
 from test_explorer import stored
-from test_explorer_browser import click_patch, drawn, lists, part, pixels
+from test_explorer_browser import REFERENCES, click_patch, drawn, lists, part, pixels
 from tiny_explorer import make_parts
 
 from patchsae.explorer.data import group_latents
@@ -62,8 +63,7 @@ def lab(parts, tmp_path):
         server.wait(30)
 
 
-@pytest.mark.skipif(not os.environ.get("PATCHSAE_LAB"), reason="PATCHSAE_LAB=1 runs it")
-def test_jupyterlab_shows_images_by_path_and_by_upload(lab, parts, browser, tmp_path):
+def test_jupyterlab_answers_every_control_and_shows_images_of_the_users(lab, parts, browser, tmp_path):
     pixel_files = []
     for image in (2, 4):
         file = tmp_path / f"own{image}.png"
@@ -85,6 +85,25 @@ def test_jupyterlab_shows_images_by_path_and_by_upload(lab, parts, browser, tmp_
             np.testing.assert_allclose([v for _, v in found], [v for _, v in group], rtol=1e-4)
 
     same_as_static(0, None)
+    button = part(page, "common").locator("button").nth(1)
+    latent = int(button.get_attribute("data-latent"))
+    button.click()
+    assert drawn(page)["latent"] == latent and part(page, "heading").inner_text() == f"Latent {latent}"
+    seen = [pixels(page, "map-clip")]
+    for key in ("ArrowLeft", "ArrowLeft", "Home"):  # JupyterLab's own keys, were they not kept from it
+        part(page, "opacity").press(key)
+        drawn(page)
+        seen.append(pixels(page, "map-clip"))
+    assert all(a != b for a, b in pairwise(seen))
+    masked = page.evaluate(REFERENCES)
+    part(page, "mask").uncheck()
+    assert drawn(page)["mask"] is False and page.evaluate(REFERENCES) != masked
+    part(page, "model").focus()
+    page.keyboard.press("ArrowDown")
+    assert drawn(page)["adapted"] == 2
+    assert part(page, "title-adapted").inner_text().startswith("Only Fine-tuned")
+    part(page, "model").select_option("1")
+    drawn(page)
     gallery = len(parts.gallery)
     part(page, "path").fill(str(pixel_files[0]))
     part(page, "own").locator("button").click()

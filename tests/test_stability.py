@@ -49,6 +49,12 @@ def test_best_cosines_are_at_least_the_matched_ones():
     assert pw_mcc(a, b) == pytest.approx(both)
 
 
+def test_a_draw_of_a_dictionary_is_not_blamed_for_the_rows_left_out():
+    a = rows(200)
+    drawn = a[::4]
+    assert pw_mcc(drawn, a) == pytest.approx(1)  # b's other rows have their likes, which were not drawn
+
+
 def test_controls_are_what_they_say():
     config = SAEConfig(d_in=16, expansion=4)
     first, other = SAE(config, seed=0), SAE(config, seed=1)

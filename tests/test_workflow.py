@@ -19,7 +19,7 @@ ROOT = project_root()
 WORKFLOW = ROOT / "workflow"
 SNAKEFILE = (WORKFLOW / "Snakefile").read_text(encoding="utf-8")
 SNAKEMAKE = Path(sys.executable).with_name("snakemake")
-SHARED = ("scale", "data", "prompts", "device")
+SHARED = ("scale", "data", "prompts", "device", "workers")
 
 needs_snakemake = pytest.mark.skipif(
     not SNAKEMAKE.exists(), reason="snakemake is an extra: see 'Sweeps and clusters' in README.md"
@@ -73,7 +73,10 @@ def test_data_sets_and_prompts_exist(settings):
 
 def test_the_papers_settings_change_what_there_is(settings):
     paper = read("paper.yaml")
-    assert paper["datasets"] == list(BENCHMARKS) and set(paper) <= set(settings)
+    assert paper["datasets"] == list(BENCHMARKS)
+    for name in set(paper) - set(settings):
+        assert check_parameters(ROOT / "notebooks" / f"{name}.ipynb", paper[name]) == paper[name]
+    assert set(settings["notebooks"]) == set(paper) - set(settings)
 
 
 def test_the_allocator_is_set_as_in_the_makefile():

@@ -252,6 +252,7 @@ class _Pass:
         atlas = to_dataset(sums, self.images.classnames, self.kinds)
         # so that whoever is handed the dataset alone can tell what it describes
         atlas.attrs |= {name: self.stage.inputs[name] for name in ("sae", "backbone")}
+        atlas.attrs["image_set"] = self.stage.inputs["images"]
         atlas.attrs |= {"name": self.images.name, "block": self.backbone.block}
         encoding = {
             name: {"chunks": tuple(CHUNK if dim == "latent" else n for dim, n in v.sizes.items())}

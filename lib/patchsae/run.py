@@ -12,6 +12,7 @@ import ast
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 
 import nbformat
 import papermill
+import psutil
 import yaml
 import zmq
 from jupyter_client.kernelspec import KernelSpec
@@ -30,16 +32,18 @@ from traitlets import default
 from patchsae.errors import PatchSAEError
 from patchsae.stage import write_atomic
 
+WATCH_SECONDS = 0.2  # between two looks at the memory of a kernel
+
 
 class NotebookFailed(RuntimeError):
     """Tell which cell of a notebook failed and where the partial notebook is kept."""
 
 
 class Cost(NamedTuple):
-    """What one execution took; `peak_mb` is None where the system does not tell (no /proc)."""
+    """What one execution took; `peak_mb` is of the kernel and the processes it started, together."""
 
     seconds: float
-    peak_mb: float | None
+    peak_mb: float
 
 
 class Parameter(NamedTuple):
@@ -52,8 +56,6 @@ class Parameter(NamedTuple):
 
 class ThisInterpreter(AsyncKernelManager):
     """Start kernels with the running Python, whatever kernelspecs are installed on the machine."""
-
-    peak_mb: float | None = None
 
     @property
     def kernel_spec(self) -> KernelSpec:
@@ -71,10 +73,26 @@ class ThisInterpreter(AsyncKernelManager):
         # ipykernel warns on every start without it.
         return "auto" if zmq.has("curve") else "disabled"
 
-    async def shutdown_kernel(self, now: bool = False, restart: bool = False) -> None:
-        """Note the kernel's peak memory while its process can still be asked, then stop it."""
-        ThisInterpreter.peak_mb = _peak_mb(getattr(self.provisioner, "pid", None))
-        await super().shutdown_kernel(now=now, restart=restart)
+
+class _Memory(threading.Thread):
+    """Watch the resident memory of all processes below this one, as long as a with block takes."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.peak_mb, self._done = 0.0, threading.Event()
+
+    def __enter__(self) -> _Memory:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self.join()
+
+    def run(self) -> None:
+        while not self._done.wait(WATCH_SECONDS):
+            total = sum(map(_resident, psutil.Process().children(recursive=True)))
+            self.peak_mb = max(self.peak_mb, round(total / 2**20, 1))
 
 
 def read_parameters(notebook: Path) -> dict[str, Parameter]:
@@ -143,30 +161,30 @@ def run_notebook(
         raise PatchSAEError(f"There is no folder {cwd} to run in: make it, or leave --cwd out.")
     checked = check_parameters(source, parameters or {})
     failed = out.with_name(f"{out.stem}.failed.ipynb")
-    cost = Cost(0.0, None)
+    cost = Cost(0.0, 0.0)
 
     # Progress bars are for people; in a page they would be dead widgets.
     os.environ.setdefault("TQDM_DISABLE", "1")
 
     def execute(temporary: Path) -> None:
         nonlocal cost
-        ThisInterpreter.peak_mb = None
         started = time.perf_counter()
         try:
-            papermill.execute_notebook(
-                str(source),
-                str(temporary),
-                parameters=checked,
-                cwd=None if cwd is None else str(cwd),
-                kernel_name="python3",
-                language="python",
-                kernel_manager_class=ThisInterpreter,
-                progress_bar=sys.stderr.isatty(),
-            )
+            with _Memory() as memory:
+                papermill.execute_notebook(
+                    str(source),
+                    str(temporary),
+                    parameters=checked,
+                    cwd=None if cwd is None else str(cwd),
+                    kernel_name="python3",
+                    language="python",
+                    kernel_manager_class=ThisInterpreter,
+                    progress_bar=sys.stderr.isatty(),
+                )
         except (PapermillExecutionError, DeadKernelError, CellTimeoutError) as error:
             shutil.copyfile(temporary, failed)
             raise NotebookFailed(_reason(source, failed, error)) from error
-        cost = Cost(round(time.perf_counter() - started, 2), ThisInterpreter.peak_mb)
+        cost = Cost(round(time.perf_counter() - started, 2), memory.peak_mb)
         _tidy(temporary, source, out, cost)
 
     write_atomic(out, execute)
@@ -190,8 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NotebookFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    memory = "" if cost.peak_mb is None else f", peak {cost.peak_mb:.0f} MB"
-    print(f"{arguments.out}: {cost.seconds:.1f} s{memory}")
+    print(f"{arguments.out}: {cost.seconds:.1f} s, peak {cost.peak_mb:.0f} MB")
     return 0
 
 
@@ -329,15 +346,11 @@ def _reason(source: Path, failed: Path, error: Exception) -> str:
     return f"{what.rstrip('.')}; the partial notebook is {failed}."
 
 
-def _peak_mb(pid: int | None) -> float | None:
+def _resident(process: psutil.Process) -> int:
     try:
-        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
-    except OSError:
-        return None
-    for line in status.splitlines():
-        if line.startswith("VmHWM:"):
-            return round(int(line.split()[1]) / 1024, 1)
-    return None
+        return process.memory_info().rss
+    except psutil.Error:  # it has ended meanwhile
+        return 0
 
 
 def _listed(names: Sequence[str]) -> str:

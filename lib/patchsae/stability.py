@@ -55,13 +55,15 @@ def matched_cosines(a: Tensor, b: Tensor) -> np.ndarray:
 
 
 def pw_mcc(a: Tensor, b: Tensor) -> float:
-    """Return the pairwise mean correlation coefficient: the mean best cosine, both ways averaged.
+    """Return the pairwise mean correlation coefficient: the mean best cosine of a's rows among all of b's.
 
-    2505.20254; facts.md §7. Rows may share their best, so it is at least the mean of `matched_cosines`
-    where both dictionaries are as long.
+    2505.20254; facts.md §7. Where both dictionaries are as long, both ways are averaged; where a is a draw
+    of its dictionary, b's rows would miss those not drawn. Rows may share their best, so it is at least the
+    mean of `matched_cosines`.
     """
     found = cosines(a, b)
-    return ((found.amax(0).mean() + found.amax(1).mean()) / 2).item()
+    own = found.amax(1).mean()
+    return ((own + found.amax(0).mean()) / 2 if len(a) == len(b) else own).item()
 
 
 def pairs(

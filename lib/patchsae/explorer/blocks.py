@@ -42,7 +42,7 @@ from .data import (
     statistics,
 )
 
-FORMAT = 2
+FORMAT = 3
 INDEX = "index.json"
 LATENTS = 64  # latents per block of references
 CELLS, COLUMNS = 30, 10  # reference images per sheet, and side by side on it
@@ -122,6 +122,7 @@ def write_blocks(
             "grid": list(clip.grid),
             "size": clip.image_size,
             "models": [model.title for model in models],
+            "backbones": [model.backbone.fingerprint() for model in models],
             "gallery": captions,
             "sets": [
                 {"title": one.title, "images": len(one.images), "shown": len(refs.images)}

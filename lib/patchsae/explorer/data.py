@@ -197,8 +197,8 @@ def misfit(atlas: xr.Dataset, sae_hash: str, backbone: Backbone, images: ImageSe
         )
     if atlas.attrs.get("backbone") != backbone.fingerprint():
         return f"The atlas of '{name}' was made with another model and is left out: use {backbone.name}."
-    if images is not None and atlas.attrs.get("images") != len(images):
-        count = f"{atlas.attrs.get('images')} images, not the {len(images)} given"
+    if images is not None and atlas.attrs.get("image_set") != images.fingerprint():
+        count = f"{atlas.attrs.get('images')} images that are not the {len(images)} given"
         return f"The atlas of '{name}' describes {count}, and is left out: give the images it was made on."
     return ""
 

@@ -6,12 +6,13 @@ import io
 import json
 import warnings
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import anywidget
 import traitlets
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..errors import PatchSAEError
@@ -27,6 +28,7 @@ SOURCE = "\n".join(  # one module, for neither anywidget nor a page from disk co
     for name in ("numbers.js", "charts.js", "elements.js", "explorer.js")
 )
 MEGAPIXELS = 100  # a larger image is refused before it is decoded; any other is resized as CLIP's own are
+LONGEST = 50  # times as long as wide: resizing a strip's short side would make the long one huge
 
 
 class Explorer(anywidget.AnyWidget):
@@ -58,7 +60,7 @@ class Explorer(anywidget.AnyWidget):
         notices, live = list(index["notices"]), sae is not None
         if live and (problem := self._misfit(index, sae_hash)):
             notices, live = [*notices, problem], False
-        super().__init__(index=index | {"live": live, "notices": notices})
+        super().__init__(index=index | {"live": live, "notices": notices, "own": []})
         self._own: dict[int, Tensor] = {}
         self.on_msg(self._answer)
 
@@ -68,7 +70,8 @@ class Explorer(anywidget.AnyWidget):
                 f"These pages describe {index['sae']}, not {sae_hash}: only the gallery can be picked; "
                 f"make the blocks with this SAE to open other images."
             )
-        if [model.title for model in self.models] != index["models"]:
+        given = [[model.title, model.backbone.fingerprint()] for model in self.models]
+        if given != [list(pair) for pair in zip(index["models"], index["backbones"], strict=True)]:
             return (
                 f"The models given are not those of the pages ({', '.join(index['models'])}): only the "
                 f"gallery can be picked; give the same models to open other images."
@@ -104,6 +107,7 @@ class Explorer(anywidget.AnyWidget):
         fitted = f"resized and cropped to {size} × {size} as CLIP takes them"
         text = f"{title}: {width} × {height} pixels, {fitted}{note}."
         caption = {"title": title, "set": "your images"}
+        self.index = self.index | {"own": [*self.index["own"], caption]}  # for views opened later
         self.send({"added": {"number": number, "caption": caption, "note": text}})
         return number
 
@@ -126,7 +130,7 @@ class Explorer(anywidget.AnyWidget):
         base : where the folder of blocks lies, seen from the page and with '/' at its end; by default
             `_static/explorer/` of the book, where book/build.py brings it
         """
-        index = {key: value for key, value in self.index.items() if key != "live"}
+        index = self.index | {"live": False, "own": []}
         root, folder = project_root(), self.folder.resolve()
         place = folder.relative_to(root).as_posix() if folder.is_relative_to(root) else folder.as_posix()
         parts = {
@@ -137,7 +141,7 @@ class Explorer(anywidget.AnyWidget):
         }
         return (
             f"<style>{parts['style']}</style>\n"
-            f'<div class="patchsae-explorer" data-blocks="{place}" data-base="{base}">'
+            f'<div class="patchsae-explorer" data-blocks="{escape(place)}" data-base="{escape(base)}">'
             f"<p>The explorer runs in the rendered book, or live in JupyterLab.</p></div>\n"
             f"<script>{parts['start']}({parts['index']}, {parts['source']});</script>"
         )
@@ -156,7 +160,8 @@ def _script(value: Any) -> str:
 def read_picture(source: str | Path | bytes, title: str = "") -> tuple[Image.Image, str]:
     """Decode an image in RGB and name it.
 
-    Raises PatchSAEError for a missing file, what is no image, and more than 100 megapixels.
+    A photo is turned as its EXIF data say, as browsers show it. Raises PatchSAEError for a missing file,
+    what is no image, more than 100 megapixels, and a strip more than 50 times as long as wide.
     """
     by_content = isinstance(source, bytes)
     title = title or ("uploaded image" if by_content else Path(source).name)
@@ -167,14 +172,18 @@ def read_picture(source: str | Path | bytes, title: str = "") -> tuple[Image.Ima
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is our own
             file = Image.open(io.BytesIO(source) if by_content else Path(source).expanduser())
         with file:
-            pixels = file.width * file.height
-            if pixels <= MEGAPIXELS * 1e6:
-                return file.convert("RGB"), title
+            pixels, (short, long) = file.width * file.height, sorted(file.size)
+            if pixels <= MEGAPIXELS * 1e6 and long <= LONGEST * short:
+                return ImageOps.exif_transpose(file).convert("RGB"), title
     except Image.DecompressionBombError:
         pixels = float("inf")
     except Exception as error:  # Pillow's decoders raise errors of many kinds on damaged files
         raise PatchSAEError(
             f"{title} is no image that can be read ({type(error).__name__}): choose a PNG or JPEG file."
         ) from error
+    if pixels <= MEGAPIXELS * 1e6:
+        raise PatchSAEError(
+            f"{title} is {long} pixels long and {short} wide, more than {LONGEST} times: cut out a part."
+        )
     size = f"{pixels / 1e6:,.0f} megapixels, more" if pixels < float("inf") else "far more"
     raise PatchSAEError(f"{title} has {size} than {MEGAPIXELS} megapixels: make it smaller.")

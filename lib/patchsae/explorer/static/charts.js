@@ -70,12 +70,12 @@ function shade(share, text) {
 /** Draw one bar per latent, of one model upwards and of the other downwards; returns the latent near a place. */
 function drawBars(canvas, { values, groups, chosen, names, colours, width }) {
   const height = 156, middle = 78, reach = 58, latents = values[0].length;
-  const peak = Math.max(1e-12, ...values.map((v) => v.reduce((a, b) => Math.max(a, b), 0)));
+  const peak = Math.max(...values.map((v) => v.reduce((a, b) => Math.max(a, b), 0)));
   const context = sized(canvas, width, height), right = width - 4;
   const left = Math.ceil(context.measureText(format(peak)).width) + 10;
   const x = (s) => left + ((s + 0.5) * (right - left)) / latents;
   const bar = (s, wide) => values.forEach((v, down) => {
-    const long = (v[s] / peak) * reach;
+    const long = (v[s] / (peak || 1)) * reach;
     if (long > 0) context.fillRect(x(s) - wide / 2, down ? middle : middle - long, wide, long);
   });
   context.fillStyle = colours.text;
@@ -163,9 +163,10 @@ function drawScatter(canvas, { latents: l, chosen, colours, width }) {
   context.fillText(`${most.toFixed(1)} nat`, start + 67, 14);
   context.strokeStyle = colours.line;
   context.strokeRect(left + 0.5, top + 0.5, right - left - 1, bottom - top - 1);
+  const ramp = Array.from({ length: 65 }, (_, i) => shade(i / 64, colours.text)); // not once for each latent
   for (const s of alive) {
     context.globalAlpha = l.left_out[s] ? 0.35 : 0.9;
-    context.fillStyle = shade(l.entropy[s] / most, colours.text);
+    context.fillStyle = ramp[Math.round((64 * l.entropy[s]) / most) || 0];
     context.fillRect(px(fx.log(s)) - 1.5, py(ay.log(s)) - 1.5, 3, 3);
   }
   context.globalAlpha = 1;

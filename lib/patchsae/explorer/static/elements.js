@@ -21,7 +21,9 @@ function roving(container) {
     const items = [...container.querySelectorAll("button")], at = items.indexOf(document.activeElement);
     if (!step || at < 0) return;
     event.preventDefault();
-    items[(at + step + items.length) % items.length].focus();
+    const next = items[(at + step + items.length) % items.length];
+    items.forEach((item) => (item.tabIndex = item === next ? 0 : -1));
+    next.focus();
   });
 }
 

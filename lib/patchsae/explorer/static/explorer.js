@@ -5,8 +5,9 @@
 function render({ model, el }) {
   const index = model.get("index"), [rows, columns] = index.grid, patches = rows * columns;
   const load = blocks(model), gallery = [...index.gallery], ground = index.general ? `On ${index.general}, under CLIP` : "";
-  const state = { image: 0, patch: null, adapted: 1, latent: null, opacity: 0.9, mask: true };
-  let turn = 0, shown = null; // shown: what the last update loaded
+  // wish: what was chosen last. state: what is drawn, of which `shown` holds the data; it follows when all is loaded.
+  const wish = { image: 0, patch: null, adapted: 1, latent: null, opacity: 0.9, mask: true };
+  let state = { ...wish }, shown = null, turn = 0, relist = false, drawnAt = 0;
   const at = (name) => root.querySelector(`[data-part="${name}"]`);
   const part = (name, tag = "div", attributes = {}) => element(tag, { "data-part": name, ...attributes });
   const note = (name, ...text) => {
@@ -45,18 +46,21 @@ function render({ model, el }) {
     onkeydown: (e) => movePatch(e),
   });
   const whole = element("button", {
-    type: "button", "data-part": "whole", onclick: () => change({ patch: null }, true),
+    // a disabled button would lose the focus to the page
+    type: "button", "data-part": "whole", onclick: () => (image.focus({ preventScroll: true }), change({ patch: null }, true)),
   }, "Take the patch back");
   const bars = (level) => element("figure", {}, part(`title-${level}`, "figcaption"),
     canvas(`bars-${level}`, `Activations of the ${level}, CLIP upwards, adapted model downwards; the lists below name the strongest`));
   const map = (name, label) => element("figure", {}, canvas(`map-${name}`, `Where the latent fires, ${label}`),
     part(`caption-${name}`, "figcaption"));
-  const root = element("div", { class: "px" },
+  // JupyterLab would move and change its cells by the plain keys pressed here
+  const keep = (event) => event.ctrlKey || event.metaKey || event.altKey || event.stopPropagation();
+  const root = element("div", { class: "px", onkeydown: keep },
     part("notices", "ul"), part("message", "p", { role: "status" }),
     section("1. Pick an image", part("gallery", "div", { role: "group", "aria-label": "Gallery" }), part("own")),
     section("2. Choose the adapted model and click a patch",
       element("p", {}, element("label", {}, "Compare CLIP with ", select)),
-      element("div", { class: "pair" }, element("div", {}, image, note("where"), whole),
+      element("div", { class: "pair" }, element("div", {}, image, part("where", "p", { class: "small", "aria-live": "polite" }), whole),
         element("div", { class: "wide" }, bars("image"), bars("patch"), part("legend", "p", { class: "small legend" })))),
     section("3. Choose a latent", note("rule"),
       element("div", { class: "lists" }, ...GROUPS.map((g) => element("div", { style: `--bar:var(--px-${g})` },
@@ -87,14 +91,22 @@ function render({ model, el }) {
     "the patch. A latent is common if both models name it; otherwise it belongs to the one that does. The number is " +
     "the largest of these activations, by which a list is sorted. " + (index.general
       ? `Latents active above ${Number(index.tau.toPrecision(3))} on more than ${index.config.frequent * 100} % of the ` +
-        `images of ${index.general} are left out.` : "There are no statistics, so none is left out as too frequent.");
+        `images of ${index.general} are left out, here and in the bars.` : "There are no statistics, so none is left out as too frequent.");
   GROUPS.forEach((g) => roving(at(g)));
   roving(at("gallery"));
 
+  /** Draw what is wished for; `anew` if the lists may change, and with them the chosen latent. */
   function change(what, anew = false) {
-    Object.assign(state, what);
+    Object.assign(wish, what);
+    relist ||= anew; // until lists are drawn, however many wishes come before
     at("number-message").textContent = "";
-    return update(anew).catch((error) => say(error.message, true));
+    return update();
+  }
+
+  /** Take back a wish whose data did not come: what is drawn and the controls agree again. */
+  function takeBack() {
+    Object.assign(wish, state);
+    [select.value, slider.value, mask.checked, relist] = [state.adapted, state.opacity, state.mask, false];
   }
 
   function pickPatch(x, y) {
@@ -107,8 +119,8 @@ function render({ model, el }) {
     if (event.key === "Escape") return change({ patch: null }, true);
     if (!move) return;
     event.preventDefault();
-    if (state.patch === null) return change({ patch: 0 }, true);
-    const row = Math.floor(state.patch / columns) + move[0], column = (state.patch % columns) + move[1];
+    if (wish.patch === null) return change({ patch: 0 }, true);
+    const row = Math.floor(wish.patch / columns) + move[0], column = (wish.patch % columns) + move[1];
     if (row >= 0 && row < rows && column >= 0 && column < columns)
       change({ patch: row * columns + column }, true);
   }
@@ -122,31 +134,40 @@ function render({ model, el }) {
     at("number-message").scrollIntoView({ block: "nearest" });
   }
 
-  const activations = (m) => load(`acts-${state.image}-${m}`, unpackAll);
-
-  async function update(anew) {
-    const mine = ++turn, { image: number, adapted } = state;
-    const [seen, clip, tuned, latents, names] = await Promise.all([
-      load(`image-${number}`, (b) => picture(b.picture)),
-      activations(0), activations(adapted), load("latents", unpackAll), load("names", (b) => b.sets),
-    ]);
+  async function update() {
+    const mine = ++turn, { image: number, adapted } = wish, activations = (m) => load(`acts-${number}-${m}`, unpackAll);
+    let loaded;
+    try {
+      loaded = await Promise.all([
+        load(`image-${number}`, (b) => picture(b.picture)),
+        activations(0), activations(adapted), load("latents", unpackAll), load("names", (b) => b.sets),
+      ]);
+    } catch (error) {
+      if (mine !== turn) return;
+      if (shown) takeBack();
+      return say(error.message, true);
+    }
     if (mine !== turn) return; // something newer is under way
+    const [seen, clip, tuned, latents, names] = loaded;
     if (!shown) say("");
     shown = { seen, found: [clip, tuned], latents, names };
     shown.values = shown.found.map((found) => {
       const level = [levels(found, null, index.latents)];
-      return state.patch === null ? level : [...level, levels(found, state.patch, index.latents)];
+      return wish.patch === null ? level : [...level, levels(found, wish.patch, index.latents)];
     });
     shown.groups = groupLatents(shown.values, latents.left_out, index.config.top);
     const listed = GROUPS.flatMap((g) => shown.groups[g].map(([s]) => s));
-    if (anew && !listed.includes(state.latent)) state.latent = listed[0] ?? null;
+    if (relist && !listed.includes(wish.latent)) wish.latent = listed[0] ?? null;
+    relist = false;
+    state = { ...wish };
     draw();
     await drawReferences(mine);
     if (mine === turn) root.dataset.drawn = JSON.stringify(state);
   }
 
   function draw() {
-    const wide = root.clientWidth - 24, roomy = wide >= 560; // 24: the padding
+    drawnAt = root.clientWidth;
+    const wide = drawnAt - 24, roomy = wide >= 560; // 24: the padding
     drawGallery();
     drawImage(wide >= 860 ? 336 : roomy ? 280 : Math.max(160, Math.min(336, wide)));
     ["image", "patch"].forEach((level, i) => showBars(level, i));
@@ -168,7 +189,7 @@ function render({ model, el }) {
 
   function drawGallery() {
     const buttons = [...at("gallery").querySelectorAll("button")];
-    buttons.forEach((b, i) => b.setAttribute("aria-pressed", i === state.image));
+    buttons.forEach((b) => b.setAttribute("aria-pressed", Number(b.dataset.number) === state.image));
     oneStop(buttons);
   }
 
@@ -270,15 +291,31 @@ function render({ model, el }) {
   }
 
   async function drawReferences(mine) {
-    const s = state.latent, k = index.config.references, key = `${s} ${state.mask}`;
+    const s = state.latent, k = index.config.references;
+    let key = `${s} ${state.mask}`;
     if (s === null) {
       delete at("references").dataset.key;
       return at("references").replaceChildren();
     }
+    at("loading").textContent = "";
     if (at("references").dataset.key === key) return;
     at("loading").textContent = "loading …";
+    let lines;
+    try {
+      lines = await referenceLines(s, k);
+    } catch (error) { // the former latent's would stand under this one's heading
+      lines = [element("p", { class: "wrong", role: "alert" }, error.message)];
+      key = "";
+    }
+    if (mine !== turn) return;
+    at("loading").textContent = "";
+    at("references").replaceChildren(...lines);
+    at("references").dataset.key = key;
+  }
+
+  async function referenceLines(s, k) {
     const block = await load(`refs-${Math.floor(s / index.chunk)}`, (b) => b.sets.map(unpackAll));
-    const lines = await Promise.all(index.sets.map(async (set, d) => {
+    return Promise.all(index.sets.map(async (set, d) => {
       const refs = block[d], first = (s % index.chunk) * k, places = [...Array(k).keys()].map((r) => first + r);
       const items = await Promise.all(places.filter((p) => refs.cell[p] > 0).map(async (p) => {
         const cell = refs.cell[p] - 1, page = Math.floor(cell / index.cells);
@@ -290,10 +327,6 @@ function render({ model, el }) {
         element("div", {}, element("h4", {}, set.title), element("p", { class: "small" }, `${count(set.images)} images`)),
         element("div", { class: "cells", style: `--columns:${Math.min(k, 4)};--side:${index.config.thumbnail}px` }, ...items, ...none));
     }));
-    if (mine !== turn) return;
-    at("loading").textContent = "";
-    at("references").replaceChildren(...lines);
-    at("references").dataset.key = key;
   }
 
   function reference(refs, p, cell, sheet, label) {
@@ -319,7 +352,7 @@ function render({ model, el }) {
     }
     const share = (n, of) => (of > 1 ? (100 * n) / (of - 1) : 0);
     group.lastChild.append(element("button", {
-      type: "button", class: "thumbnail", "aria-pressed": false, "aria-label": name, title: name,
+      type: "button", class: "thumbnail", "data-number": number, "aria-pressed": false, "aria-label": name, title: name,
       style: `background-image:${source};background-size:${100 * across}% ${100 * down}%;` +
         `background-position:${share(column, across)}% ${share(row, down)}%`,
       onclick: () => (say(""), change({ image: number, patch: null }, true)),
@@ -332,12 +365,18 @@ function render({ model, el }) {
     const across = Math.min(index.columns, pictures), down = Math.ceil(pictures / index.columns);
     index.gallery.forEach((_, i) =>
       thumbnail(i, "var(--sheet)", [across, down], [i % index.columns, Math.floor(i / index.columns)]));
+    await Promise.all(index.own.map((caption, i) => showOwn(pictures + i, caption)));
   }
 
-  async function added({ number, caption, note }) {
+  async function showOwn(number, caption) {
+    if (gallery[number]) return; // a view opened meanwhile has it already
     gallery[number] = caption;
     const block = await load(`image-${number}`, (b) => picture(b.picture));
     thumbnail(number, `url("${block.src}")`);
+  }
+
+  async function added({ number, caption, note }) {
+    await showOwn(number, caption);
     say(note);
     await change({ image: number, patch: null }, true);
   }
@@ -373,7 +412,8 @@ function render({ model, el }) {
   if (index.live) openOwn();
   // the theme's colours are drawn into the canvases, and so is the width
   const again = () => shown && draw();
-  const themes = new MutationObserver(again), sizes = new ResizeObserver(again);
+  const resized = () => root.clientWidth !== drawnAt && again(); // not at what a drawing itself adds below
+  const themes = new MutationObserver(again), sizes = new ResizeObserver(resized);
   for (const node of [document.documentElement, document.body])
     themes.observe(node, { attributes: true, attributeFilter: ["data-theme", "data-jp-theme-light"] });
   sizes.observe(el);
