@@ -468,6 +468,13 @@ def test_references_that_are_lost_are_not_those_of_another_latent(held):
     assert references.locator(".references").count() == 2
 
 
+def test_a_damaged_block_is_said_in_the_page(held):
+    held.page.route("**/refs-1.js", lambda route: route.fulfill(body="/* half of it */"))
+    call(held.page, 100)
+    drawn(held.page)
+    assert "is damaged" in part(held.page, "references").locator('[role="alert"]').inner_text()
+
+
 def test_the_patch_taken_back_by_keyboard_leaves_the_focus_on_the_image(opened, parts):
     click_patch(opened, 1, 1, parts.models[0].backbone.grid)
     part(opened, "whole").focus()

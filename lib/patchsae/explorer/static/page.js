@@ -19,9 +19,9 @@
     send({ want }) {
       const script = document.createElement("script");
       script.src = `${base}${index.folder}/${want}.js`;
-      script.onload = () => script.remove();
-      script.onerror = () =>
-        tell({ block: want, failed: `The data of this page is not beside it (${script.src}): build the book again.` });
+      const fail = (what) => tell({ block: want, failed: `The data of this page ${what} (${script.src}): build the book again.` });
+      script.onload = () => (script.remove(), fail("is damaged")); // who has received the block no longer listens
+      script.onerror = () => fail("is not beside it");
       document.head.append(script);
     },
   };
