@@ -115,6 +115,11 @@ def test_every_mask_equals_rerunning_the_whole_model(backbone, atlas, text, mode
                     found = masked[:, g, switch, j]
                     worst = max(worst, (found - expected).abs().max().item())
                     assert found.argmax(-1).equal(expected.argmax(-1))
+            if mode == "add_error":
+                whole = masked[:, g, 0, -1]
+                torch.testing.assert_close(
+                    whole, unmasked, rtol=1e-5, atol=1e-5 * unmasked.abs().max().item()
+                )
     assert worst < 1e-4
 
 
