@@ -10,6 +10,7 @@ from patchsae import evaluation
 from patchsae.errors import PatchSAEError
 from patchsae.evaluation import (
     bootstrap,
+    bootstrap_ratio,
     contrastive_loss,
     label_rank,
     per_class_accuracy,
@@ -165,6 +166,18 @@ def test_accuracy_per_class_is_recall():
     np.testing.assert_allclose(
         first[1:], np.array(wilson(np.array([2, 0, 1, 0]), np.array([3, 0, 3, 0])))[1:]
     )
+
+
+def test_the_interval_of_a_ratio_of_sums_resamples_both():
+    rng = np.random.default_rng(0)
+    b = rng.random(400) + 0.5
+    assert bootstrap_ratio(3 * b, b, draws=50) == pytest.approx((3, 3, 3))
+    a = b * rng.normal(2, 0.5, 400)
+    found = bootstrap_ratio(a, b)
+    spread = (a - found.value * b).std() / b.mean() / 20  # by the delta method
+    assert found.value == pytest.approx(a.sum() / b.sum())
+    assert found.high - found.low == pytest.approx(2 * 1.96 * spread, rel=0.15)
+    assert np.isnan(bootstrap_ratio(a, np.zeros(400), draws=5)).all()
 
 
 def test_rank_correlation_is_spearmans_with_an_interval_over_pairs():

@@ -303,6 +303,18 @@ def bootstrap(values: np.ndarray, seed: int = 0, draws: int = 2000) -> Interval:
     return Interval(*(float(p[0]) if values.ndim == 1 else p.reshape(values.shape[1:]) for p in parts))
 
 
+def bootstrap_ratio(a: np.ndarray, b: np.ndarray, seed: int = 0, draws: int = 2000) -> Interval:
+    """Return Σa / Σb of a, b [N] with a percentile interval over resampled images; NaN where Σb is 0."""
+    rng, n = np.random.default_rng(seed), len(a)
+    both = np.stack([a, b], 1).astype(np.float64)
+    drawn = np.stack([np.bincount(rng.integers(n, size=n), minlength=n) @ both for _ in range(draws)])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        value, ratios = np.divide(*both.sum(0)), drawn[:, 0] / drawn[:, 1]
+    ratios = ratios[np.isfinite(ratios)]
+    bounds = np.quantile(ratios, (0.025, 0.975)) if len(ratios) else (np.nan, np.nan)
+    return Interval(float(value) if np.isfinite(value) else np.nan, *map(float, bounds))
+
+
 def rank_correlation(a: np.ndarray, b: np.ndarray, seed: int = 0, draws: int = 1000) -> Interval:
     """Return Spearman's correlation of a and b [N] with a percentile interval over resampled pairs.
 
