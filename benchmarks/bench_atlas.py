@@ -19,7 +19,7 @@ from statistics import median
 
 import numpy as np
 import torch
-from measure import Row, forget_peak, resident, row, say
+from measure import Row, forget_peak, resident, row, say, with_matrix_units
 from torch import Tensor
 from workload import Problem, Weights, make_workload
 
@@ -36,6 +36,7 @@ SIZES, ROUNDS = (32, 64, 128, 256), 5
 RELEASED, LEAN = "the released code's two passes", "two dense passes, encoder alone"
 FLOAT32, BF16 = "ours, float32", "ours, bf16 candidates"
 GOALS = {FLOAT32: 5.0, BF16: 20.0}
+MEMORY_LIMIT = 100.0  # MB that a batch may take beyond the result
 
 
 class TwoPasses:
@@ -100,7 +101,8 @@ def run() -> list[Row]:
     for name in names:
         title = f"aggregation, transient memory of {BATCH} images: {name}"
         ratio = peaks[RELEASED] / peaks[name]
-        rows.append(row(title, peaks[name], peaks[RELEASED], RELEASED, "MB", [ratio], None, ratio))
+        goal = peaks[RELEASED] / MEMORY_LIMIT  # reached where ours stays below the limit
+        rows.append(row(title, peaks[name], peaks[RELEASED], RELEASED, "MB", [ratio], goal, ratio))
     return rows
 
 
@@ -146,6 +148,7 @@ def speed(mine: list[str], others: list[str]) -> list[Row]:
             ratios = [b / a for a, b in zip(times[name], times[other], strict=True)]
             title = f"aggregation, {PROBLEM.d_sae:,} latents, L0 {PROBLEM.l0}: {name}"
             goal = GOALS[name] if other == RELEASED else None
+            goal = with_matrix_units(goal) if name == BF16 else goal
             rows.append(row(title, own, theirs, other, "images/s", ratios, goal))
     return rows
 

@@ -75,7 +75,8 @@ def run() -> list[Row]:
     """Time both in turns, and a plain forward pass as the limit."""
     torch.manual_seed(0)
     backbone = load_backbone(MODEL, block=BLOCK)
-    images = torch.randint(0, 256, (IMAGES, 3, 224, 224), dtype=torch.uint8)
+    size = backbone.image_size
+    images = torch.randint(0, 256, (IMAGES, 3, size, size), dtype=torch.uint8)
     labels = torch.arange(IMAGES) % CLASSES
     text = torch.nn.functional.normalize(torch.randn(CLASSES, backbone.embed_dim), dim=-1)
     with torch.no_grad():

@@ -23,7 +23,7 @@ from statistics import median
 
 import peers
 import torch
-from measure import Row, forget_peak, resident, row, say
+from measure import Row, forget_peak, resident, row, say, with_matrix_units
 from workload import FULL, QUICK, Problem, Workload, load_workload, make_workload, save_workload
 
 from patchsae.errors import PatchSAEError
@@ -101,7 +101,7 @@ def speed(problem: Problem, rounds: int, share_too: bool) -> list[Row]:
     contest = Contest(title, names, workload, problem)
     seconds = contest.rounds(rounds)
     best = min(peers.rivals(), key=lambda name: median(seconds[name]))
-    goals = {name: GOALS.get((problem.d_sae, problem.l0, name)) for name in mine}
+    goals = {name: goal_of(name, GOALS.get((problem.d_sae, problem.l0, name))) for name in mine}
     rows = [contest.compare(seconds, name, best, goals[name]) for name in mine]
     if any(goals.values()):  # the other packages one by one where a goal is set, to keep the table short
         others = [name for name in names if name not in (*mine, best)]
@@ -115,7 +115,12 @@ def ghost(problem: Problem, rounds: int) -> list[Row]:
     title = f"training step with ghost gradients, {problem.d_sae:,} latents, half dead, L0 {problem.l0}"
     contest = Contest(title, [*ours(), peers.RELEASED], workload, problem)
     seconds = contest.rounds(rounds)
-    return [contest.compare(seconds, name, peers.RELEASED, GHOST_GOAL) for name in ours()]
+    return [contest.compare(seconds, name, peers.RELEASED, goal_of(name, GHOST_GOAL)) for name in ours()]
+
+
+def goal_of(name: str, goal: float | None) -> float | None:
+    """Return the goal of one of our ways: of bf16 candidates only where the processor has matrix units."""
+    return with_matrix_units(goal) if name == BF16 else goal
 
 
 def density(problem: Problem, rounds: int) -> list[Row]:

@@ -14,8 +14,9 @@ from PIL import Image
 from tiny import tiny_backbone, tiny_images
 
 from patchsae import atlas as atlas_module
-from patchsae.accumulator import Accumulator
+from patchsae.accumulator import EDGES, Accumulator
 from patchsae.atlas import AtlasConfig, make_atlas
+from patchsae.embedded import SINGLE, SceneSet
 from patchsae.errors import PatchSAEError
 from patchsae.images import FolderImages
 from patchsae.sae import SAE, SAEConfig
@@ -39,34 +40,109 @@ def atlas(tmp_path_factory) -> xr.Dataset:
     return make(tmp_path_factory.mktemp("atlas"))
 
 
-@pytest.mark.parametrize("activation", [{}, {"activation": "topk", "k": 7}])
-def test_the_pass_equals_a_dense_one(tmp_path, activation):
-    sae, backbone, images = tiny_sae(**activation), tiny_backbone(), tiny_images()
-    atlas = make_atlas(sae, backbone, images, CONFIG, tmp_path, "x", 8, progress=False)
-    batch = images.load(range(len(images)))
-    with torch.no_grad():
-        f = sae.encode(backbone.residual(backbone.normalize(batch.images))).double().numpy()  # [N, T, S]
-    label, mean, over = batch.labels.numpy(), f.mean(1), f > 0.2
-    assert atlas.attrs["images"] == len(images) and atlas.attrs["tokens"] == f.shape[0] * f.shape[1]
-    assert atlas.attrs["sae"] == "x" and atlas.attrs["backbone"] == backbone.fingerprint()
-    assert atlas.attrs["name"] == "tiny" and atlas.attrs["block"] == 1
-    silent = ~(f > 0).any((0, 1))
-    np.testing.assert_allclose(atlas.frequency, (mean > 0).mean(0))
-    np.testing.assert_allclose(atlas.frequency_tau, over.any(1).mean(0))
-    np.testing.assert_allclose(atlas.token_frequency, (f > 0).mean((0, 1)))
+def dense(f: np.ndarray, images, kind: np.ndarray, tau: float, k: int, top: int) -> dict:
+    """Compute every variable of an atlas from latents f [N, T, S], one by one."""
+    n, t, s = f.shape
+    labels, classes, exact = images.labels, len(images.classnames), f.astype(np.float64)
+    on, over, mean = f > 0, f > np.float32(tau), exact.mean(1)
+    kinds = [name for name in ("cls", "patch", "prompt") if name in kind]
+    of_kind = [kind == name for name in kinds]
+    of_class = [labels == c for c in range(classes)]
+    class_sum = np.array([mean[here].sum(0) for here in of_class])
+
+    def entropy_and_std(weights, numbers):
+        """Of activations per label, and of the label numbers that they belong to (facts.md §4.6)."""
+        by_label = {number: weights[numbers == number].sum() for number in np.unique(numbers)}
+        if not weights.sum() > 0:
+            return np.nan, np.nan
+        p = np.array([mass for mass in by_label.values() if mass > 0]) / weights.sum()
+        centre = (weights * numbers).sum() / weights.sum()
+        variance = (weights * (numbers - centre) ** 2).sum() / weights.sum()
+        return -(p * np.log(p)).sum(), np.sqrt(variance)
+
+    best = np.full((k, s), -1)
+    histogram = np.zeros((s, len(EDGES) + 1), int)
+    spreads, reference_spreads = np.empty((2, s)), np.empty((2, s))
+    for latent in range(s):
+        strongest = sorted(range(n), key=lambda i: (-np.float32(mean[i, latent]), i))
+        found = [i for i in strongest if mean[i, latent] > 0][:k]
+        best[: len(found), latent] = found
+        for value in exact[..., latent][on[..., latent]]:
+            histogram[latent, sum(np.log10(value) > edge for edge in EDGES)] += 1
+        spreads[:, latent] = entropy_and_std(class_sum[:, latent], np.arange(classes))
+        reference_spreads[:, latent] = entropy_and_std(mean[found, latent], labels[found])
+    highest = np.full((n, top), -1)
+    for i in range(n):
+        order = sorted(range(s), key=lambda latent: (-np.float32(mean[i, latent]), latent))
+        found = [latent for latent in order if mean[i, latent] > 0][:top]
+        highest[i, : len(found)] = found
+    each, rows = np.arange(s), np.arange(n)[:, None]
+    per_image = over.sum(1)  # tokens above τ, [N, S]
     with np.errstate(invalid="ignore"):
-        np.testing.assert_allclose(atlas.mean_activation, mean.sum(0) / (mean > 0).sum(0), rtol=1e-4)
-        expected = f.sum((0, 1)) / (f > 0).sum((0, 1))
-        np.testing.assert_allclose(atlas.mean_token_activation, expected, rtol=1e-4)
-    assert np.isnan(atlas.entropy.values[silent]).all()
-    np.testing.assert_array_equal(atlas.dataset_count, over.sum((0, 1)))
-    cls = over[:, backbone.token_kind == "cls"].sum((0, 1))
-    np.testing.assert_array_equal(atlas.class_count_kind.sel(kind="cls").sum("klass"), cls)
-    for c in range(len(images.classnames)):
-        np.testing.assert_array_equal(atlas.class_count[c], over[label == c].sum((0, 1)))
-        np.testing.assert_allclose(atlas.class_sum[c], mean[label == c].sum(0), rtol=1e-4, atol=1e-7)
-    assert atlas.class_images.values.tolist() == np.bincount(label).tolist()
-    assert all("units" in v.attrs for v in atlas.data_vars.values())
+        return {
+            "frequency": on.any(1).mean(0),
+            "frequency_tau": over.any(1).mean(0),
+            "token_frequency": on.mean((0, 1)),
+            "mean_activation": mean.sum(0) / on.any(1).sum(0),
+            "mean_token_activation": exact.sum((0, 1)) / on.sum((0, 1)),
+            "entropy": spreads[0],
+            "entropy_references": reference_spreads[0],
+            "label_std": reference_spreads[1],
+            "label_std_all": spreads[1],
+            "dataset_count": over.sum((0, 1)),
+            "active_tokens": [on[:, here].sum((0, 1)) for here in of_kind],
+            "token_sum": [exact[:, here].sum((0, 1)) for here in of_kind],
+            "histogram": histogram,
+            "class_count": [over[here].sum((0, 1)) for here in of_class],
+            "class_count_kind": [[over[c][:, k].sum((0, 1)) for c in of_class] for k in of_kind],
+            "class_sum": class_sum,
+            "class_images": [here.sum() for here in of_class],
+            "top_value": np.where(best >= 0, mean[best, each], 0),
+            "top_index": best,
+            "top_label": np.where(best >= 0, labels[best], -1),
+            "top_count": np.where(best >= 0, per_image[best, each], 0),
+            "image_latent": highest,
+            "image_value": np.where(highest >= 0, mean[rows, highest], 0),
+            "tokens": [n * here.sum() for here in of_kind],
+            # coordinates
+            "latent": each,
+            "klass": list(images.classnames),
+            "kind": kinds,
+            "rank": np.arange(k),
+            "bin": [*EDGES, np.inf],
+        }
+
+
+@pytest.mark.parametrize("activation", [{}, {"activation": "topk", "k": 7}])
+def test_every_field_equals_a_naive_dense_computation(tmp_path, activation):
+    sae, backbone = tiny_sae(**activation), tiny_backbone()
+    with torch.no_grad():
+        sae.b_enc[40] = -1e3  # a silent latent
+        sae.W_enc *= 10 ** torch.linspace(-4, 2, sae.d_sae)[:, None]  # values beyond both ends of the bins
+        sae.b_enc *= 10 ** torch.linspace(-4, 2, sae.d_sae)
+    images = SceneSet("tiny", "train", range(0, 20, 2), (0, 1), 20, SINGLE)
+    config = AtlasConfig(tau=0.15, k=4, top=6)
+    atlas = make_atlas(sae, backbone, images, config, tmp_path, "x", 8, progress=False)
+    with torch.no_grad():
+        pixels = torch.cat([images.load(range(i, i + 50)).images for i in range(0, len(images), 50)])
+        f = torch.cat(
+            [sae.encode(backbone.residual(backbone.normalize(part))) for part in pixels.split(50)]
+        )
+    expected = dense(f.numpy(), images, backbone.token_kind, 0.15, 4, 6)
+    assert len(images) == 200 and set(atlas.variables) == set(expected)
+    for name, values in expected.items():
+        found = atlas[name].values
+        if name in ("klass", "kind") or np.asarray(values).dtype.kind == "i":
+            np.testing.assert_array_equal(found, values, name)
+        else:
+            np.testing.assert_allclose(found, values, rtol=1e-4, atol=1e-9, err_msg=name)
+    dims = {"latent": 128, "klass": 10, "kind": 2, "bin": 22, "rank": 4, "image": 200, "place": 6}
+    assert dict(atlas.sizes) == dims
+    assert all(v.attrs["units"] for v in atlas.data_vars.values())
+    assert atlas.attrs == {
+        "images": 200, "tokens": 10_000, "tau": float(np.float32(0.15)), "name": "tiny", "block": 1,
+        "sae": "x", "backbone": backbone.fingerprint(), "image_set": images.fingerprint(),
+    }  # fmt: skip
 
 
 def test_a_second_call_reads_what_is_there(tmp_path, monkeypatch):
@@ -134,6 +210,64 @@ def test_a_broken_image_is_skipped_counted_and_named(tmp_path, folder, workers):
     assert skipped["image"] == 6 and "class 1/2.png" in skipped["why"]
     with pytest.raises(PatchSAEError, match="class 1/2.png"):
         make(tmp_path / "strict", replace(CONFIG, on_error="raise"), folder)
+
+
+def test_an_image_that_could_not_be_read_is_tried_again_by_the_next_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(atlas_module, "SAVE_SHARE", 1e9)  # save after every batch
+    images, real, broken = tiny_images(), SceneSet.load, {3, 20}
+
+    def load(self, indices):
+        if broken & set(map(int, indices)):
+            raise PatchSAEError("a disk that comes and goes")
+        return real(self, indices)
+
+    def update(self, lists, labels, indices, add=Accumulator.update):
+        if 30 in indices:
+            raise KeyboardInterrupt
+        add(self, lists, labels, indices)
+
+    monkeypatch.setattr(SceneSet, "load", load)
+    with monkeypatch.context() as patched:
+        patched.setattr(Accumulator, "update", update)
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path, images=images)
+    broken.remove(3)
+    atlas = make(tmp_path, images=images)
+    assert atlas.attrs["images"] == 39 and (atlas.image_latent[20] == -1).all()
+    (manifest,) = tmp_path.glob("atlas-*/manifest.json")
+    (skipped,) = json.loads(manifest.read_text())["facts"]["skipped"]
+    assert skipped == {"image": 20, "why": "a disk that comes and goes"}
+
+
+@pytest.mark.parametrize(
+    ("broken", "config", "message"),
+    [
+        (range(40), CONFIG, "k=4 .* 0 images that can be read: correct .*40 failed; the first: lost"),
+        (range(37), AtlasConfig(k=4, empty_classes=True), "k=4 .* 3 images that can be read"),
+        (range(2, 40, 10), CONFIG, "class '.*' .and 0 more. has no image in 'tiny' that can be read"),
+    ],
+)
+def test_too_few_readable_images_are_no_atlas_and_nothing_is_lost(
+    tmp_path, atlas, monkeypatch, broken, config, message
+):
+    real = SceneSet.load
+
+    def load(self, indices):
+        if set(broken) & set(map(int, indices)):
+            raise PatchSAEError("lost.")
+        return real(self, indices)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SceneSet, "load", load)
+        with pytest.raises(PatchSAEError, match=message):
+            make(tmp_path, config)
+    (part,) = tmp_path.glob("atlas-*/part-*")
+    assert not (part.parent / "manifest.json").exists()
+    read, add = [], Accumulator.update
+    monkeypatch.setattr(Accumulator, "update", lambda self, *args: read.extend(args[2]) or add(self, *args))
+    whole = make(tmp_path, config)
+    assert read == list(broken)
+    np.testing.assert_array_equal(whole.class_count, atlas.class_count)
 
 
 def test_bad_input_is_named(tmp_path):

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from packaging.utils import canonicalize_name
+from tiny import tiny_backbone
 
 from patchsae.errors import PatchSAEError
 from patchsae.sae import SAE, SAEConfig
@@ -150,3 +151,40 @@ def test_an_allocator_that_slows_everybody_is_warned_of(bench, monkeypatch, caps
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     bench.check_setup(quick=True)
     assert "GLIBC_TUNABLES" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", ["fpu avx512_bf16", "fpu amx_bf16 avx512_bf16"])
+def test_goals_of_bf16_candidates_are_for_matrix_units(bench, monkeypatch, flags):
+    monkeypatch.setattr("measure.Path.read_text", lambda path, encoding: f"flags : {flags}")
+    assert bench.goal_of(bench.BF16, 10.0) == (10.0 if "amx" in flags else None)
+    assert bench.goal_of(bench.FLOAT32, 5.0) == 5.0 and bench.goal_of(bench.BF16, None) is None
+
+
+def test_the_passes_count_alike_and_memory_has_a_limit(bench, monkeypatch):
+    atlas = load("bench_atlas")  # `bench` has made its neighbours importable
+    small = {"TOKENS": 5, "CLASSES": 3, "BATCH": 2, "SIZES": (2, 4), "ROUNDS": 1}
+    for name, value in small.items():
+        monkeypatch.setattr(atlas, name, value)
+    monkeypatch.setattr(atlas, "PROBLEM", bench.Problem(256, 8, d_in=32, tokens=10, batches=2))
+    monkeypatch.setattr(atlas, "_draw", lambda seconds, name: None)
+    monkeypatch.setattr(
+        atlas, "_peak_elsewhere", lambda name, _: 2700.0 if name == atlas.RELEASED else 90.0
+    )
+    rows = atlas.run()
+    assert all(set(row) == load("run").ROW and row["ratio"] > 0 for row in rows)
+    memory = [row for row in rows if row["unit"] == "MB"]
+    assert memory and all(row["goal"] == 27 and row["ratio"] == 30 for row in memory)
+
+
+def test_the_masking_sweep_is_compared_with_equal_logits(bench, monkeypatch):
+    masking = load("bench_masking")
+    small = {"CLASSES": 5, "EXPANSION": 4, "L0": 10, "BATCH": 2, "IMAGES": 4, "ROUNDS": 2, "TIMED_MASKS": 1}
+    for name, value in small.items():
+        monkeypatch.setattr(masking, name, value)
+    monkeypatch.setattr(masking, "load_backbone", lambda name, block: tiny_backbone())
+    rows = masking.run()
+    assert all(set(row) == load("run").ROW and row["ratio"] > 0 for row in rows)
+    assert [row["goal"] for row in rows] == [20.0, None] and "42 masks, 128 latents" in rows[0]["name"]
+    monkeypatch.setattr(masking, "rerun", lambda sae, backbone, pixels, on: torch.ones(len(pixels), 16))
+    with pytest.raises(PatchSAEError, match="logits differ by"):
+        masking.run()

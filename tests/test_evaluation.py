@@ -4,15 +4,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.stats import binomtest, spearmanr
 
 from patchsae import evaluation
 from patchsae.errors import PatchSAEError
 from patchsae.evaluation import (
     bootstrap,
+    bootstrap_ratio,
     contrastive_loss,
+    label_rank,
+    per_class_accuracy,
+    rank_correlation,
     reconstruction,
     recovered,
     through_sae,
+    wilson,
     zero_shot,
     zeroed,
 )
@@ -128,6 +134,63 @@ def test_bad_requests_are_named(backbone, images, sae):
         contrastive_loss(sae, backbone, images, 8, draws=1)
     with pytest.raises(PatchSAEError, match="images of one class"):
         contrastive_loss(sae, backbone, images.classes([2]), 4)
+
+
+def test_the_rank_of_a_label_counts_the_classes_before_it():
+    logits = torch.tensor([[1.0, 3.0, 3.0, 2.0], [5.0, 5.0, 5.0, 5.0]])
+    found = [label_rank(logits, torch.full((2,), label)).tolist() for label in range(4)]
+    assert found == [[3, 0], [0, 1], [1, 2], [2, 3]]  # of equal ones the first class comes first
+    nested = label_rank(logits.expand(3, 2, 4), torch.tensor([[0, 3]]).expand(3, 2))
+    assert nested.tolist() == [[3, 3]] * 3
+    some = torch.randint(0, 3, (50, 4), generator=torch.Generator().manual_seed(0)).float()
+    labels = torch.arange(50) % 4
+    assert (label_rank(some, labels) == 0).equal(some.argmax(-1) == labels)
+
+
+def test_wilson_intervals_are_scipys():
+    right, of = np.array([0, 3, 11, 40]), np.array([5, 11, 11, 60])
+    found = wilson(right, of)
+    for i in range(4):
+        expected = binomtest(right[i], of[i]).proportion_ci(method="wilson")
+        assert (found.low[i], found.high[i]) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    np.testing.assert_allclose(found.value, right / of)
+    assert found.low[2] < 0.8 and found.high[2] == 1  # all right is not certain
+    assert np.isnan(wilson(np.array([0]), np.array([0]))).all()
+
+
+def test_accuracy_per_class_is_recall():
+    rank, labels = np.array([0, 0, 2, 1, 0, 7]), np.array([0, 0, 0, 2, 2, 2])
+    first, fifth = (per_class_accuracy(rank, labels, 4, top) for top in (1, 5))
+    np.testing.assert_allclose(first.value, [2 / 3, np.nan, 1 / 3, np.nan])
+    np.testing.assert_allclose(fifth.value, [1, np.nan, 2 / 3, np.nan])
+    np.testing.assert_allclose(
+        first[1:], np.array(wilson(np.array([2, 0, 1, 0]), np.array([3, 0, 3, 0])))[1:]
+    )
+
+
+def test_the_interval_of_a_ratio_of_sums_resamples_both():
+    rng = np.random.default_rng(0)
+    b = rng.random(400) + 0.5
+    assert bootstrap_ratio(3 * b, b, draws=50) == pytest.approx((3, 3, 3))
+    a = b * rng.normal(2, 0.5, 400)
+    found = bootstrap_ratio(a, b)
+    spread = (a - found.value * b).std() / b.mean() / 20  # by the delta method
+    assert found.value == pytest.approx(a.sum() / b.sum())
+    assert found.high - found.low == pytest.approx(2 * 1.96 * spread, rel=0.15)
+    assert np.isnan(bootstrap_ratio(a, np.zeros(400), draws=5)).all()
+
+
+def test_rank_correlation_is_spearmans_with_an_interval_over_pairs():
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 20, 300).astype(float)  # with ties
+    b = np.exp(a / 5) + 20 * rng.standard_normal(300)
+    found = rank_correlation(a, b, draws=300)
+    assert found.value == pytest.approx(spearmanr(a, b).statistic)
+    resamples = [spearmanr(a[i], b[i]).statistic for i in rng.integers(300, size=(300, 300))]
+    low, high = np.quantile(resamples, (0.025, 0.975))
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.03) and -1 <= found.low
+    same = rank_correlation(a, a**3, draws=50)
+    assert same == pytest.approx((1, 1, 1)) and np.isnan(rank_correlation(a, np.ones(300), draws=5).value)
 
 
 def test_bootstrap_covers_the_mean():

@@ -10,6 +10,8 @@ from patchsae.label_statistics import (
     label_entropy,
     label_std,
     pick_regions,
+    pick_shared,
+    pick_typical,
     purity,
     reference_entropy,
     reference_std,
@@ -79,3 +81,35 @@ def test_co_activation_counts_images_that_hold_both():
     top = np.array([[1, 2], [2, 3], [3, -1], [2, 1]])
     atlas = xr.Dataset({"image_latent": (("image", "place"), top)})
     assert co_activation(atlas, np.array([1, 2, 3])).tolist() == [[2, 2, 0], [2, 3, 1], [0, 1, 2]]
+
+
+def at_home(rows: list[list[int]]) -> xr.Dataset:
+    return xr.Dataset({"top_index": (("rank", "latent"), np.array(rows))})
+
+
+def test_shared_latents_have_all_references_everywhere():
+    described = xr.Dataset({"entropy": ("latent", [0.1, 2.0, np.nan, 1.0, 3.0, 0.5])})
+    everywhere = at_home([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6]])
+    some = at_home([[4, 4, 4, 4, 4, 4], [-1, 5, 5, 5, -1, 5]])  # latents 0 and 4 lack a reference
+    assert pick_shared(described, [everywhere, some]) == [5, 1]
+    assert pick_shared(described, [everywhere]) == [0, 4]
+    assert pick_shared(described, [some, at_home([[7, -1, 7, 7, 7, -1]])]) == [3]  # one latent, once
+    assert pick_shared(described, [some, at_home([[-1] * 6])]) == []
+
+
+def counted(count: list[int], frequency: list[float], tokens: int) -> xr.Dataset:
+    fields = {"dataset_count": ("latent", count), "frequency": ("latent", frequency)}
+    return xr.Dataset(fields, attrs={"tokens": tokens})
+
+
+def test_typical_latents_favour_their_data_set():
+    often = [0.5, 0.5, 0.5, 0.05]
+    first = counted([80, 50, 0, 9], often, 100)  # shares .8, .5, 0, .09
+    second = counted([800, 100, 0, 0], often, 1000)  # shares .8, .1, 0, 0
+    # latent 1 has 5/3 of its mean share in the first, latent 3 even twice, but on too few images
+    assert pick_typical([first, second]) == [1, 0]
+    assert pick_typical([first, second], least=0.01) == [3, 0]
+    # latent 1 is taken; nothing else is frequent enough, so the most frequent one that is left
+    third = counted([0, 90, 3, 1], [0.04, 0.9, 0.02, 0.01], 100)
+    assert pick_typical([first, third]) == [0, 1]
+    assert pick_typical([third, third]) == [1, 0]

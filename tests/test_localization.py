@@ -9,7 +9,6 @@ from tiny import tiny_backbone, tiny_images
 from patchsae.errors import PatchSAEError
 from patchsae.localization import (
     Mode,
-    Rendering,
     covered_pixels,
     fired,
     image_means,
@@ -119,8 +118,6 @@ def test_renderings():
     shown = render(image, mask)
     assert shown.dtype == np.uint8
     assert [shown[0, 0, 0], shown[0, 7, 1], shown[7, 0, 2], shown[7, 7, 0]] == [0, 50, 200, 100]
-    dark = render(image, mask, Rendering.DARKEN)
-    assert [dark[0, 0, 0], dark[0, 7, 1], dark[7, 0, 2]] == [50, 200, 200]
 
 
 @pytest.mark.parametrize(("height", "width", "grid"), [(8, 8, (2, 2)), (11, 13, (3, 4))])

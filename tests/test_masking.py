@@ -18,7 +18,7 @@ from patchsae.backbone import Backbone, zero_shot_logits, zero_shot_weights
 from patchsae.embedded import SINGLE, SceneSet
 from patchsae.errors import PatchSAEError
 from patchsae.masked_tokens import RELEASED_BIAS, Mode, bucket_tables, masked_tokens
-from patchsae.masking import Masker, MaskingConfig, curves, default_sizes, sweep
+from patchsae.masking import Masker, MaskingConfig, all_sizes, curves, sweep
 from patchsae.rankings import CLASS, PREDICTED, rankings
 from patchsae.sae import SAE, SAEConfig
 from patchsae.sparse import latent_lists
@@ -115,6 +115,11 @@ def test_every_mask_equals_rerunning_the_whole_model(backbone, atlas, text, mode
                     found = masked[:, g, switch, j]
                     worst = max(worst, (found - expected).abs().max().item())
                     assert found.argmax(-1).equal(expected.argmax(-1))
+            if mode == "add_error":
+                whole = masked[:, g, 0, -1]
+                torch.testing.assert_close(
+                    whole, unmasked, rtol=1e-5, atol=1e-5 * unmasked.abs().max().item()
+                )
     assert worst < 1e-4
 
 
@@ -232,17 +237,37 @@ def test_a_damaged_chunk_is_named(tmp_path, atlas, monkeypatch):
         run(tmp_path, atlas)
 
 
-def test_two_processes_make_the_sweep_of_one(tmp_path, atlas):
+# what each of two processes does: a sweep in chunks of 16 images, noting the files that it wrote itself
+SHARED = f"""
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_masking
+from patchsae import masking
+
+root, write = Path(sys.argv[1]), masking.write_atomic
+
+def note(path, *args):
+    write(path, *args)
+    with (root / f"rank-{{os.environ['RANK']}}").open("a") as notes:
+        print(path.stem, file=notes)
+
+masking.CHUNK_IMAGES, masking.write_atomic = 16, note
+test_masking.run(root, test_masking.atlas_of(root))
+"""
+
+
+def test_two_processes_make_the_sweep_of_one(tmp_path, atlas, monkeypatch):
     whole = run(tmp_path / "one", atlas)
     script = tmp_path / "run.py"
-    script.write_text(
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from pathlib import Path; import test_masking as t; from patchsae import masking\n"
-        "masking.CHUNK_IMAGES = 16; root = Path(sys.argv[1]); t.run(root, t.atlas_of(root))"
-    )
+    script.write_text(SHARED)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*command, script, tmp_path / "two"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert len(list((tmp_path / "two").glob("masking-*/manifest.json"))) == 1
+    written = [(tmp_path / "two" / f"rank-{rank}").read_text().split() for rank in range(2)]
+    assert written == [["chunk-00000000", "chunk-00000032"], ["chunk-00000016"]]
+    monkeypatch.setattr(masking, "_run", None)  # what is compared was made there
     assert run(tmp_path / "two", atlas).identical(whole)
 
 
@@ -282,6 +307,14 @@ def test_what_does_not_belong_together_is_refused_before_any_work(tmp_path, atla
             MaskingConfig(**values)
 
 
-def test_the_papers_sizes_end_with_all_latents():
-    assert default_sizes(49_152) == (1, 2, 5, 10, 50, 100, 500, 1000, 2000, 49_152)
-    assert default_sizes(64) == (1, 2, 5, 10, 50, 64)
+def test_sizes_end_with_all_latents():
+    assert all_sizes((), 49_152) == (1, 2, 5, 10, 50, 100, 500, 1000, 2000, 49_152)
+    assert all_sizes((), 64) == (1, 2, 5, 10, 50, 64)
+    assert all_sizes((3, 7), 64) == all_sizes((3, 7, 64), 64) == (3, 7, 64)
+
+
+def test_a_sweep_has_all_latents_on_and_off_without_being_asked(tmp_path, atlas):
+    whole, short = (
+        run(tmp_path / str(len(k)), atlas, replace(CONFIG, sizes=k)) for k in (SIZES, SIZES[:-1])
+    )
+    assert short.k.values.tolist() == list(SIZES) and short.identical(whole)

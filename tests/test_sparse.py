@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from patchsae import sparse_cpu
 from patchsae.errors import PatchSAEError
 from patchsae.sae import SAE, SAEConfig
-from patchsae.sparse import Execution, Stepper
+from patchsae.sparse import Execution, Stepper, latent_lists
 
 GOLDEN = Path(__file__).parent / "golden"
 SPARSE = [Execution.SPARSE, Execution.SPARSE_F32]
@@ -130,6 +130,34 @@ def test_lists_are_ordered_and_turn_into_each_other():
         row = slice(by_token.start[j], by_token.start[j + 1])
         assert (by_token.index[row] == np.flatnonzero(dense[j])).all()
         np.testing.assert_allclose(by_token.value[row], dense[j][dense[j] > 0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [{}, {"activation": "topk", "k": 5}])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_tokens_that_are_not_finite_are_no_silence(config, value):
+    sae, x = quiet_sae(16, 4, **config), torch.ones(20, 16)
+    assert len(latent_lists(sae, x).value)
+    x[7, 3] = value
+    with pytest.raises(PatchSAEError, match="tokens hold NaN or infinity: check the model's weights"):
+        latent_lists(sae, x)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_many_threads_find_the_same_in_smaller_blocks(bf16):
+    assert [sparse_cpu.block_size(n) for n in (1, 2, 8, 16, 64)] == [512, 512, 128, 64, 64]
+    rng = np.random.default_rng(0)
+    x, W = rng.standard_normal((90, 40), np.float32), rng.standard_normal((1300, 40), np.float32)
+    bias = -5 * rng.random(1300, np.float32)
+    before, found = torch.get_num_threads(), []
+    for threads in (2, 16):
+        torch.set_num_threads(threads)
+        try:
+            found.append(sparse_cpu.active(x, W, bias, np.zeros(40, np.float32), bf16)[0])
+        finally:
+            torch.set_num_threads(before)
+    np.testing.assert_array_equal(found[0].start, found[1].start)
+    np.testing.assert_array_equal(found[0].index, found[1].index)
+    np.testing.assert_allclose(found[0].value, found[1].value, rtol=1e-5, atol=1e-6)
 
 
 def test_a_step_gives_the_same_bits_again_and_with_another_number_of_threads():

@@ -28,6 +28,7 @@ from .sparse import latent_lists
 from .stage import Stage
 
 ATLAS = "atlas.zarr"
+FORMAT = 2  # of the dataset; an atlas of another format is made again
 SAVE_SHARE = 0.03  # of the time may go into saving what a killed pass would lose
 CHUNK = 4096  # latents per piece on disk
 
@@ -81,8 +82,9 @@ def make_atlas(
 ) -> xr.Dataset:
     """Describe every latent on an image set, or read the description if `root` holds it.
 
-    A pass that was killed goes on from what it saved last. Under torchrun all processes call this with a
-    common `root` and share the images; the result is that of one process, sums to float64 rounding.
+    A pass that was killed goes on from what it saved last, and tries again what could not be read. Under
+    torchrun all processes call this with a common `root` and share the images; the result is that of one
+    process, sums to float64 rounding.
 
     Parameters
     ----------
@@ -91,11 +93,13 @@ def make_atlas(
 
     Raises
     ------
-    PatchSAEError : k exceeds the images; a label is outside the class names; a class is empty; an image
-        cannot be read and on_error is 'raise'; a saved part is damaged.
+    PatchSAEError : k exceeds the images, or those that can be read; a label is outside the class names; a
+        class is empty, or nothing of it can be read; an image cannot be read and on_error is 'raise'; a
+        token is not finite; a saved part is damaged.
     """
     check(images, config)
     inputs = {
+        "format": FORMAT,
         "images": images.fingerprint(),
         "backbone": backbone.fingerprint(),
         "sae": sae_hash,
@@ -112,10 +116,6 @@ def make_atlas(
 
 def check(images: ImageSet, config: AtlasConfig) -> None:
     """Refuse an image set that cannot be described as asked."""
-    if len(images) < config.k:
-        raise PatchSAEError(
-            f"k={config.k} references were asked for, but '{images.name}' has {len(images)} images."
-        )
     classes = len(images.classnames)
     outside = np.flatnonzero((images.labels < 0) | (images.labels >= classes))
     if outside.size:
@@ -123,11 +123,22 @@ def check(images: ImageSet, config: AtlasConfig) -> None:
             f"image {outside[0]} of '{images.name}' has label {images.labels[outside[0]]}, but there are "
             f"{classes} class names; correct its labels or name its classes."
         )
-    empty = np.flatnonzero(np.bincount(images.labels, minlength=classes) == 0)
+    _check_counts(np.bincount(images.labels, minlength=classes), images, config)
+
+
+def _check_counts(counts: np.ndarray, images: ImageSet, config: AtlasConfig, unread: str = "") -> None:
+    """Refuse too few images per class [C]; `unread` says that others cannot be read, and the remedy."""
+    if (there := counts.sum()) < config.k:
+        remedy = unread or "; take more images or a smaller k"
+        raise PatchSAEError(
+            f"k={config.k} references were asked for, but '{images.name}' has {there} images{remedy}."
+        )
+    empty = np.flatnonzero(counts == 0)
     if empty.size and not config.empty_classes:
+        remedy = unread or "; take more images, or set empty_classes=True"
         raise PatchSAEError(
             f"class '{images.classnames[empty[0]]}' (and {empty.size - 1} more) has no image in "
-            f"'{images.name}'; take more images, or set empty_classes=True."
+            f"'{images.name}'{remedy}."
         )
 
 
@@ -181,7 +192,7 @@ class _Pass:
         sums, own = self._accumulator(), self._part(self.ranks.rank)
         done = self._done()
         if own.exists():
-            self.skipped = sums.load(own)["skipped"]
+            sums.load(own)
         self.ranks.wait()  # nobody writes before all have read
         todo = np.flatnonzero(~done)
         batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
@@ -192,7 +203,7 @@ class _Pass:
                 sums.save(own, skipped=self.skipped)
                 saved_at = time.monotonic()
                 saving = saved_at - began
-        if self.ranks.world > 1:
+        if self.ranks.world > 1 or self.skipped:  # or the result may be refused, and the work lost
             sums.save(own, skipped=self.skipped)
         self.ranks.wait()
         if self.ranks.first:
@@ -207,12 +218,10 @@ class _Pass:
         return self.stage.path / f"part-{number:04d}.safetensors"
 
     def _done(self) -> np.ndarray:
-        """Tell which images some part has seen or skipped: bool [N]."""
+        """Tell which images some part has seen: bool [N]. Skipped ones may be readable by now."""
         done = np.zeros(len(self.images), bool)
         for path in self.stage.path.glob("part-*.safetensors"):
-            part = self._accumulator_of(path)
-            done |= part[0].seen
-            done[[int(index) for index in part[1]]] = True
+            done |= self._accumulator_of(path)[0].seen
         return done
 
     def _accumulator_of(self, path: Path) -> tuple[Accumulator, dict[str, str]]:
@@ -249,6 +258,18 @@ class _Pass:
                 other, skipped = self._accumulator_of(path)
                 sums.merge(other)
                 self.skipped |= skipped
+        # what an earlier run skipped may have been read by this one
+        skipped = [
+            {"image": i, "why": why}
+            for i, why in sorted((int(i), why) for i, why in self.skipped.items())
+            if not sums.seen[i]
+        ]
+        if skipped:
+            unread = (
+                f" that can be read: correct the files and run again ({len(skipped)} failed; the first: "
+                f"{skipped[0]['why'].rstrip('.')})"
+            )
+            _check_counts(sums.class_images, self.images, self.config, unread)
         atlas = to_dataset(sums, self.images.classnames, self.kinds)
         # so that whoever is handed the dataset alone can tell what it describes
         atlas.attrs |= {name: self.stage.inputs[name] for name in ("sae", "backbone")}
@@ -261,7 +282,6 @@ class _Pass:
         # format 2, because format 3 has no settled way to store class names
         path = self.stage.path / ATLAS
         atlas.to_zarr(path, mode="w", consolidated=False, zarr_format=2, encoding=encoding)
-        skipped = [{"image": int(i), "why": why} for i, why in sorted(self.skipped.items())]
         self.stage.finish(images=sums.images, skipped=skipped)
         for path in parts:
             path.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.stats import rankdata
 from torch import Tensor
 
 from .activations import Tokens, token_columns
@@ -300,3 +301,55 @@ def bootstrap(values: np.ndarray, seed: int = 0, draws: int = 2000) -> Interval:
     low, high = np.quantile(means, (0.025, 0.975), axis=0)
     parts = flat.mean(0), low, high
     return Interval(*(float(p[0]) if values.ndim == 1 else p.reshape(values.shape[1:]) for p in parts))
+
+
+def bootstrap_ratio(a: np.ndarray, b: np.ndarray, seed: int = 0, draws: int = 2000) -> Interval:
+    """Return Σa / Σb of a, b [N] with a percentile interval over resampled images; NaN where Σb is 0."""
+    rng, n = np.random.default_rng(seed), len(a)
+    both = np.stack([a, b], 1).astype(np.float64)
+    drawn = np.stack([np.bincount(rng.integers(n, size=n), minlength=n) @ both for _ in range(draws)])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        value, ratios = np.divide(*both.sum(0)), drawn[:, 0] / drawn[:, 1]
+    ratios = ratios[np.isfinite(ratios)]
+    bounds = np.quantile(ratios, (0.025, 0.975)) if len(ratios) else (np.nan, np.nan)
+    return Interval(float(value) if np.isfinite(value) else np.nan, *map(float, bounds))
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray, seed: int = 0, draws: int = 1000) -> Interval:
+    """Return Spearman's correlation of a and b [N] with a percentile interval over resampled pairs.
+
+    Ranks are taken anew in each resample. NaN where either is constant.
+    """
+
+    def spearman(pairs: np.ndarray) -> float:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return float(np.corrcoef(rankdata(pairs, axis=1))[0, 1])
+
+    pairs, rng = np.stack([a, b]), np.random.default_rng(seed)
+    n = pairs.shape[1]
+    found = [spearman(pairs[:, rng.integers(n, size=n)]) for _ in range(draws)]
+    low, high = np.quantile(found, (0.025, 0.975))
+    return Interval(spearman(pairs), float(low), float(high))
+
+
+def wilson(right: np.ndarray, of: np.ndarray) -> Interval:
+    """Return shares `right` / `of` with 95 % Wilson intervals, which stay honest for few and near 0 and 1.
+
+    Counts of any common shape; NaN where there are none.
+    """
+    z = 1.959963984540054  # the normal distribution's 97.5 % quantile
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share, weight = np.divide(right, of), 1 / (1 + z * z / np.asarray(of))
+        centre = weight * (share + z * z / (2 * np.asarray(of)))
+        half = weight * z * np.sqrt(share * (1 - share) / of + z * z / (4 * np.square(of, dtype=float)))
+    return Interval(share, np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1))
+
+
+def per_class_accuracy(rank: np.ndarray, labels: np.ndarray, classes: int, top: int = 1) -> Interval:
+    """Return each class's share of images whose label is among the `top` most likely: float64 [C].
+
+    `rank` [N] counts the classes before the true one, as `label_rank` does. Intervals are Wilson's; NaN for
+    a class without images. The mean of `value` is the paper's metric (facts.md §4.8).
+    """
+    of = np.bincount(labels, minlength=classes)
+    return wilson(np.bincount(labels[rank < top], minlength=classes), of)

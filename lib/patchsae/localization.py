@@ -25,13 +25,6 @@ class Mode(StrEnum):
     BILINEAR = "bilinear"
 
 
-class Rendering(StrEnum):
-    """How a soft mask is shown."""
-
-    MULTIPLY = "multiply"  # pixel times mask (paper §3.2)
-    DARKEN = "darken"  # where the mask is 0, a quarter of the brightness (the released demo darkens so)
-
-
 class Fired(NamedTuple):
     """Where latents are active on B images: one row for every (image, latent) that has an active patch."""
 
@@ -161,10 +154,9 @@ def soft_mask(
     return (upsample(patch_map, grid, size, mode) / max(peak, 1e-12)).clip(0, 1)
 
 
-def render(image: np.ndarray, mask: np.ndarray, how: Rendering = Rendering.MULTIPLY) -> np.ndarray:
-    """Show where a latent fires: image uint8 [H, W, 3] and mask [H, W] in 0..1 to uint8 [H, W, 3]."""
-    weight = mask if how == Rendering.MULTIPLY else np.where(mask > 0, 1.0, 0.25)
-    return (image * weight.clip(0, 1)[..., None]).round().astype(np.uint8)
+def render(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Multiply an image uint8 [H, W, 3] by a mask [H, W] in 0..1 (paper §3.2): uint8 [H, W, 3]."""
+    return (image * mask.clip(0, 1)[..., None]).round().astype(np.uint8)
 
 
 @torch.no_grad()
@@ -174,7 +166,6 @@ def masked_images(
     images: Tensor,
     latent: int,
     mode: Mode = Mode.NEAREST,
-    how: Rendering = Rendering.MULTIPLY,
     common_peak: bool = True,
 ) -> list[np.ndarray]:
     """Render images uint8 [B, 3, H, W] with one latent's masks, as uint8 [H, W, 3].
@@ -184,7 +175,7 @@ def masked_images(
     maps = latent_maps(sae, patch_tokens(backbone, images), [latent])[:, 0]
     pixels, peak = images.permute(0, 2, 3, 1).cpu().numpy(), float(maps.max()) if common_peak else None
     return [
-        render(image, soft_mask(patch_map, backbone.grid, image.shape[0], mode, peak), how)
+        render(image, soft_mask(patch_map, backbone.grid, image.shape[0], mode, peak))
         for image, patch_map in zip(pixels, maps, strict=True)
     ]
 

@@ -45,7 +45,7 @@ class MaskingConfig:
     """What is masked, and how."""
 
     sizes: tuple[int, ...] = ()
-    """Numbers k of latents switched on or off; none takes the paper's and all latents."""
+    """Numbers k of latents switched on or off; none takes the paper's. All latents always come last."""
     mode: Mode = Mode.REPLACE
     """What stands in for a token."""
     tokens: Tokens = Tokens.ALL
@@ -76,11 +76,7 @@ class Masker:
         self, sae: SAE, backbone: Backbone, text: Tensor, ranked: Sequence[Ranking], config: MaskingConfig
     ):
         self.sae, self.backbone, self.text, self.config = sae, backbone, text, config
-        self.sizes = config.sizes or default_sizes(sae.d_sae)
-        if self.sizes[-1] > sae.d_sae:
-            raise PatchSAEError(
-                f"sizes asks for {self.sizes[-1]} latents, but the SAE has {sae.d_sae}; take fewer."
-            )
+        self.sizes = all_sizes(config.sizes, sae.d_sae)
         if bad := [r.name for r in ranked if r.order.shape[1] != sae.d_sae]:
             raise PatchSAEError(f"the ranking '{bad[0]}' is not one of this SAE's {sae.d_sae} latents.")
         self.ranked = list(ranked)
@@ -135,9 +131,16 @@ class Masker:
         return torch.cat(rows).view(len(tables), 2, n, -1)
 
 
-def default_sizes(d_sae: int) -> tuple[int, ...]:
-    """Return the paper's sizes as far as there are so many latents, and all latents."""
-    return *(k for k in PAPER_SIZES if k < d_sae), d_sae
+def all_sizes(sizes: Sequence[int], d_sae: int) -> tuple[int, ...]:
+    """Return ascending sizes (the paper's as far as they go, if there are none) and all latents.
+
+    Raises
+    ------
+    PatchSAEError : a size exceeds the latents.
+    """
+    if sizes and sizes[-1] > d_sae:
+        raise PatchSAEError(f"sizes asks for {sizes[-1]} latents, but the SAE has {d_sae}; take fewer.")
+    return *(k for k in sizes or PAPER_SIZES if k < d_sae), d_sae
 
 
 def sweep(

@@ -228,7 +228,16 @@ def latent_lists(sae: SAE, x: Tensor, bf16: bool = True) -> cpu.Lists:
 
     No [N, d_sae] array exists for a ReLU SAE; others are encoded through tiles of tokens. `bf16` allows
     bf16 candidates where the processor or GPU has the units; the result is exact either way.
+
+    Raises
+    ------
+    PatchSAEError : a token is NaN or infinite: no comparison would hold, and no latent seem to fire.
     """
+    # the extremes show both without a copy of x
+    if x.numel() and not all(bool(end.isfinite()) for end in x.aminmax()):
+        raise PatchSAEError(
+            "the tokens hold NaN or infinity: check the model's weights and images, or run it in float32."
+        )
     if can_be_sparse(sae, x):
         if x.device.type == "cpu":
             return cpu.forward_lists(sae, x.contiguous(), bf16)

@@ -28,6 +28,7 @@ from .sparse_ghost import GhostRows, Pass
 Moments = Mapping[str, tuple[Tensor, Tensor]]
 
 BLOCK = 512  # latents per encoder product: rows, product and lists stay in the second-level cache
+LEAST_BLOCK = 64  # where many threads have to share the memory of a few
 ROWS = 256  # latents or tokens per range in the other kernels
 
 
@@ -81,6 +82,11 @@ def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return held
 
 
+def block_size(threads: int) -> int:
+    """Return the latents per encoder product: with more threads fewer, so that buffers sum to the same."""
+    return min(BLOCK, max(LEAST_BLOCK, 2 * BLOCK // threads))
+
+
 def active(
     x: np.ndarray, W_enc: np.ndarray, b_enc: np.ndarray, b_dec: np.ndarray, bf16: bool
 ) -> tuple[Lists, np.ndarray, float]:
@@ -104,9 +110,11 @@ def active(
     count = np.zeros(len(W_enc), np.int64)
     transposed = torch.from_numpy(centred).T
 
+    size = block_size(torch.get_num_threads())
+
     def block(a: int, b: int) -> tuple[np.ndarray, np.ndarray, float]:
-        token = buffer("token", (BLOCK * padded + 1,), torch.int32).numpy()
-        value = buffer("value", (BLOCK * padded + 1,), torch.float32).numpy()
+        token = buffer("token", (size * padded + 1,), torch.int32).numpy()
+        value = buffer("value", (size * padded + 1,), torch.float32).numpy()
         if bf16:
             rows = buffer("rows", (b - a, width), torch.bfloat16)
             kernels.augment_latents(W_enc, b_enc, slack, rows.view(torch.uint16).numpy(), a, b)
@@ -115,16 +123,16 @@ def active(
             torch.mm(rows, tokens.T, out=product)
             seconds = time.perf_counter() - started
             words = product.view(torch.int64).numpy().view(np.uint64)
-            size = kernels.survivors(words, W_enc, b_enc, centred, count, token, value, a, b)
+            found = kernels.survivors(words, W_enc, b_enc, centred, count, token, value, a, b)
         else:
             product = buffer("product", (b - a, n), torch.float32)
             started = time.perf_counter()
             torch.mm(torch.from_numpy(W_enc[a:b]), transposed, out=product)
             seconds = time.perf_counter() - started
-            size = kernels.compress(product.numpy(), b_enc, count, token, value, a, b)
-        return token[:size].copy(), value[:size].copy(), seconds
+            found = kernels.compress(product.numpy(), b_enc, count, token, value, a, b)
+        return token[:found].copy(), value[:found].copy(), seconds
 
-    token, value, seconds = zip(*spread(block, ranges(len(W_enc), BLOCK)), strict=True)
+    token, value, seconds = zip(*spread(block, ranges(len(W_enc), size)), strict=True)
     start = np.concatenate([[0], np.cumsum(count)])
     lists = Lists(start, np.concatenate(token), np.concatenate(value))
     return lists, centred, sum(seconds) / torch.get_num_threads()

@@ -113,7 +113,7 @@ def masked_predictions(
 
 @figure_of()
 def class_changes(change: np.ndarray, size: int, baseline: np.ndarray) -> Figure:
-    """Show how each class's accuracy changes when its top latents are switched off.
+    """Show how each class's accuracy changes when its top latents (oracle ranking) are switched off.
 
     Parameters
     ----------
@@ -121,10 +121,11 @@ def class_changes(change: np.ndarray, size: int, baseline: np.ndarray) -> Figure
     """
     order = np.argsort(change, kind="stable")
     figure, axis = plt.subplots(figsize=(7, 3), layout="constrained")
-    axis.fill_between(range(len(order)), 0, 100 * change[order], step="mid", alpha=0.7)
-    axis.plot(range(len(order)), 100 * baseline[order], ".", ms=2.5, color="0.4", label="all latents on")
+    places = range(len(order))
+    axis.fill_between(places, 0, 100 * change[order], step="mid", alpha=0.7, label="change (points)")
+    axis.plot(places, 100 * baseline[order], ".", ms=2.5, color="0.4", label="accuracy, all latents on (%)")
     axis.axhline(0, color="k", lw=0.8)
-    axis.set(xlabel="classes, by change", ylabel=f"change with top {size} off (points)")
+    axis.set(xlabel="classes, by change", ylabel=f"top {size} off, class (oracle)")
     axis.legend(fontsize=7)
     axis.grid(alpha=0.25)
     return figure

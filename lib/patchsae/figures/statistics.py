@@ -69,14 +69,16 @@ def purity_histogram(observed: np.ndarray, null: np.ndarray) -> Figure:
 
 
 @figure_of()
-def mass_scatter(area: np.ndarray, mass: np.ndarray, area_share: float, mass_share: float) -> Figure:
-    """Show each latent's activation mass inside objects against the area they cover."""
+def mass_scatter(
+    expected: np.ndarray, mass: np.ndarray, expected_share: float, mass_share: float
+) -> Figure:
+    """Show the share of each latent's activation inside objects against that of an even spread."""
     figure, axis = plt.subplots(figsize=(5, 4), layout="constrained")
-    axis.scatter(area, mass, s=6, alpha=0.5, linewidths=0)
+    axis.scatter(expected, mass, s=6, alpha=0.5, linewidths=0)
     axis.plot([0, 1], [0, 1], color="0.5", ls=":", label="no preference for objects")
-    axis.plot(area_share, mass_share, "X", ms=11, color="crimson", label="all latents together")
+    axis.plot(expected_share, mass_share, "X", ms=11, color="crimson", label="all latents together")
     axis.set(
-        xlabel="area covered by objects where the latent fires (share)",
+        xlabel="inside objects if spread evenly over the same images (share)",
         ylabel="activation mass inside objects (share)",
         xlim=(0, 1),
         ylim=(0, 1),
@@ -90,10 +92,15 @@ def activation_histograms(atlas: xr.Dataset, latents: Mapping[str, int]) -> Figu
     """Show how the log activations of the active tokens of some latents are distributed."""
     figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
     edges = atlas.bin.values[:-1]
+    step = edges[1] - edges[0]
+    edges = [edges[0] - step, *edges, edges[-1] + step]
     for name, latent in latents.items():
         counts = atlas.histogram.values[latent]
-        axis.stairs(counts[1:-1] / max(counts.sum(), 1), edges, label=f"({name}) latent {latent}")
-    axis.set(xlabel="log10 activation of a token", ylabel="share of the active tokens")
+        axis.stairs(counts / max(counts.sum(), 1), edges, label=f"({name}) latent {latent}")
+    axis.set(
+        xlabel="log10 activation of a token (outermost bins: all below, all above)",
+        ylabel="share of the active tokens",
+    )
     axis.legend()
     return figure
 
