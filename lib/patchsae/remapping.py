@@ -188,7 +188,7 @@ class Parts(NamedTuple):
     """What is seen: CLS and patches after the hooked block."""
     prompt_tokens: int
     """The learned image tokens, those beside the stream and those that later blocks get, if there are any.
-    All else after the hook is the same in both; a token that entered early has looked at the image since."""
+    All else after the hook is the same in both; one that entered early has looked at the image since."""
     words: int
     """The text vectors of the classes."""
 

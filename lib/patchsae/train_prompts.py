@@ -101,9 +101,10 @@ def _learn_all(options: argparse.Namespace) -> None:
     given = {name: getattr(options, name) for name in RECIPE if getattr(options, name) is not None}
     recipe = ({"crop_scale": EMBEDDED_CROPS} if embedded else {}) | given
     root = project_root()
-    prompts = options.prompts or root / ("artefacts/prompts" if embedded else "prompts")
+    prompts = options.prompts or root / ("artefacts/prompts" if embedded else "results/prompts")
     for dataset in _datasets(options, backbone):
-        shots = options.shots or (EMBEDDED_SHOTS.get(dataset.name, SHOTS) if embedded else SHOTS)
+        usual = EMBEDDED_SHOTS.get(dataset.name, SHOTS) if embedded else SHOTS
+        shots = usual if options.shots is None else options.shots
         for seed in options.seed:
             config = PromptTrainConfig(method=options.method, seed=seed, **recipe)
             folder = prompts_folder(prompts, dataset.name, seed, config.method)
@@ -134,9 +135,9 @@ def _datasets(options: argparse.Namespace, backbone: Backbone) -> Sequence[Datas
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m patchsae.train_prompts",
-        description="Learn prompts on the base classes of data sets, where they are not there yet. A run that "
-        "was stopped goes on when the same command is given again. What is not given of the recipe is MaPLe's "
-        "base-to-novel one, but for crops at the embedded scale.",
+        description="Learn prompts on the base classes of data sets, where they are not there yet. A run "
+        "that was stopped goes on when the same command is given again. What is not given of the recipe is "
+        "MaPLe's base-to-novel one, but for crops at the embedded scale.",
         epilog="Exit code: 0 all are there; 2 bad input.",
     )
     add = parser.add_argument
@@ -147,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, nargs="+", default=[1], help="one or more seeds (default 1)")
     add("--prompts", type=Path,
         help="folder for the prompts, to be given to the notebooks as the parameter prompts (default: "
-        "artefacts/prompts in the project, prompts at the paper scale)")  # fmt: skip
+        "artefacts/prompts in the project, results/prompts at the paper scale)")  # fmt: skip
     add("--work", type=Path, help="folder for checkpoints (default: results in the project)")
     add("--model", help="another open_clip model name or folder")
     add("--pretrained", help="open_clip tag or weights file of that model")
