@@ -1,9 +1,11 @@
 """torchvision's own downloader, fed by a server on this machine, and what is put where."""
 
 import functools
+import os
 import shutil
 import tarfile
 import threading
+from dataclasses import replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -43,8 +45,9 @@ def archive(tmp_path, monkeypatch):
         server.shutdown()
 
 
-def test_what_torchvision_fetches_lands_in_the_layout(tmp_path, archive, capsys):
+def test_what_torchvision_fetches_lands_in_the_layout(tmp_path, archive, capsys, monkeypatch):
     data = tmp_path / "data"
+    monkeypatch.setitem(RECIPES, "dtd", replace(RECIPES["dtd"], classes=3, images=(9, 3, 6)))
     # the split file is not torchvision's to give
     assert main(["--data", str(data), "--download", "dtd"]) == 1
     assert "split_zhou_DescribableTextures.json" in capsys.readouterr().out
@@ -66,6 +69,35 @@ def test_a_failed_download_leaves_nothing_that_looks_whole(tmp_path, archive):
     archive[0].unlink()
     with pytest.raises(PatchSAEError, match="download of 'dtd' failed"):
         download("dtd", tmp_path / "data" / "dtd", RECIPES["dtd"].remedy)
+
+
+def test_a_stop_between_two_moves_is_made_good_by_the_next_call(tmp_path, monkeypatch):
+    """Aircraft's images are moved last: they are what the next call looks for."""
+    lists = ("images_variant_test.txt", "images_variant_train.txt", "variants.txt")
+
+    class Aircraft:
+        def __init__(self, root, download):
+            unpacked = root / SOURCES["fgvc_aircraft"].folder
+            (unpacked / "images").mkdir(parents=True)
+            for name in lists:
+                (unpacked / name).write_text(name)
+
+    monkeypatch.setattr(datasets, "FGVCAircraft", Aircraft)
+    folder, replace_, moved = tmp_path / "fgvc_aircraft", os.replace, []
+
+    def stop(source, target):
+        if len(moved) == 2:
+            raise OSError("stopped")
+        moved.append(target)
+        replace_(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stop)
+        with pytest.raises(PatchSAEError, match="stopped"):
+            download("fgvc_aircraft", folder, "remedy")
+    assert not (folder / "images").exists()
+    download("fgvc_aircraft", folder, "remedy")
+    assert sorted(path.name for path in folder.iterdir()) == ["images", *lists]
 
 
 def test_every_source_exists_in_torchvision_and_brings_the_folder_of_images():

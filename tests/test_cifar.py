@@ -142,6 +142,9 @@ def test_missing_and_damaged_files_are_named(tmp_path):
         {b"fine_labels": [0, 1, 2, 0]},
         {b"data": pixels["test"]},
         {b"fine_labels": b"0120", b"data": pixels["test"]},
+        {b"fine_labels": [[0], [1], [2], [0]], b"data": pixels["test"]},
+        {b"fine_labels": [0, 1, -1, 0], b"data": pixels["test"]},
+        {b"fine_labels": [0, 1, None, "0"], b"data": pixels["test"]},
         {b"fine_labels": [0, 1, 2, 0], b"data": b"x" * 12288},
         [1, 2],
     ]
@@ -149,6 +152,15 @@ def test_missing_and_damaged_files_are_named(tmp_path):
         (folder / "test").write_bytes(pickle.dumps(content))
         with pytest.raises(PatchSAEError, match="cifar-100-python/test'.*cs.toronto.edu"):
             open_benchmark("cifar-100", tmp_path, 32)
+
+
+@pytest.mark.parametrize("names", [[1, 2, 3], [[b"apple"], b"baby", b"bear"], [None] * 3])
+def test_names_that_are_no_text_are_refused(tmp_path, names):
+    folder = tmp_path / "cifar-100/cifar-100-python"
+    make(folder)
+    (folder / "meta").write_bytes(pickle.dumps({b"fine_label_names": names}))
+    with pytest.raises(PatchSAEError, match="meta' holds names that are no text; get it as https"):
+        open_benchmark("cifar-100", tmp_path, 32)
 
 
 def test_the_picture_is_in_rgb_order(tmp_path):

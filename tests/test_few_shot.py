@@ -81,34 +81,66 @@ def test_the_global_generator_is_neither_used_nor_moved():
     assert chosen(few_shot(data, 8, 1).train) == first != chosen(few_shot(data, 8, 2).train)
 
 
+# every way of listing a folder gives an order of its own in each process, as file systems do
 PROCESS = """
-import json, sys
+import json, os, random, sys
+data, out, number = sys.argv[1:]
+scandir, listdir, order = os.scandir, os.listdir, random.Random(number)
+
+def shuffled(found):
+    return order.sample(found, len(found))
+
+class Scan:
+    def __init__(self, path="."):
+        with scandir(path) as entries:
+            self.entries = shuffled(list(entries))
+    def __enter__(self):
+        return self
+    def __exit__(self, *error):
+        pass
+    def close(self):
+        pass
+    def __iter__(self):
+        return iter(self.entries)
+
+os.scandir, os.listdir = Scan, lambda path=".": shuffled(listdir(path))
+
+from pathlib import Path
 from patchsae.benchmark_sets import open_benchmark
 from patchsae.few_shot import write_manifest
+
+folder = f"{data}/imagenet/images/train/n01440764"
+listings = [os.listdir(folder), [entry.name for entry in os.scandir(folder)]]
+listings.append([path.name for path in Path(folder).iterdir()])
+hashes = []
 for name in ("imagenet", "eurosat"):
-    path = write_manifest(f"{sys.argv[2]}/{name}.json", open_benchmark(name, sys.argv[1], 32), 2, 7)
-    print(json.loads(path.read_text())["sha256"])
+    path = write_manifest(f"{out}/{name}.json", open_benchmark(name, data, 32), 2, 7)
+    hashes.append(json.loads(path.read_text())["sha256"])
+print(json.dumps([listings, hashes]))
 """
 
 
-def test_the_same_manifest_in_another_process_from_files_made_in_another_order(tmp_path):
-    one, other = tmp_path / "one", tmp_path / "other"
-    imagenet(one, train=9)
-    imagenet(other, train=9, backwards=True)
-    for data in (one, other):
-        split_set(data, "eurosat")
-    found = {str(data): list(os.listdir(data / "imagenet/images/train/n01440764")) for data in (one, other)}
+def test_the_same_manifest_in_processes_that_list_folders_in_other_orders(tmp_path):
+    data = tmp_path / "data"
+    imagenet(data, train=9)
+    split_set(data, "eurosat")
     hashes = []
     for name in ("imagenet", "eurosat"):
-        path = write_manifest(tmp_path / f"{name}.json", open_benchmark(name, one, SIDE), 2, 7)
+        path = write_manifest(tmp_path / f"{name}.json", open_benchmark(name, data, SIDE), 2, 7)
         hashes.append(json.loads(path.read_text())["sha256"])
-    for hash_seed in {"1", "2", os.environ.get("PYTHONHASHSEED", "3")} - {os.environ.get("PYTHONHASHSEED")}:
+    listings = [sorted(os.listdir(data / "imagenet/images/train/n01440764"))]
+    for hash_seed in ("1", "2"):
         told = subprocess.run(
-            [sys.executable, "-c", PROCESS, str(other), str(tmp_path)],
+            [sys.executable, "-c", PROCESS, str(data), str(tmp_path), hash_seed],
             env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.pathsep.join(sys.path)},
-            capture_output=True, check=True, text=True,
+            capture_output=True, text=True,
         )  # fmt: skip
-        assert told.stdout.split() == hashes, found
+        assert not told.returncode, told.stderr
+        found, there = json.loads(told.stdout)
+        assert there == hashes
+        listings += found
+    assert all(sorted(listing) == listings[0] for listing in listings)
+    assert len({tuple(listing) for listing in listings}) == 7
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from patchsae.embedded import DATASETS, embedded_dataset
-from patchsae.errors import PatchSAEError
 from patchsae.few_shot import read_manifest
-from patchsae.prompt_files import find_prompts, load_prompts, read_card
+from patchsae.prompt_files import MissingPrompts, find_prompts, load_prompts, read_card
 from patchsae.prompts import Method
 from patchsae.scales import scale
 from patchsae.stage import project_root
+from patchsae.train_prompts import EMBEDDED_SHOTS, SHOTS
 
 FOLDER = project_root() / "artefacts" / "prompts"
 CARDS = sorted(FOLDER.glob("*/*/seed*/prompts.json"))
@@ -27,7 +27,7 @@ def plain():
 @pytest.fixture(scope="module")
 def target():
     """Return artefacts/prompts/train.py as a module."""
-    spec = importlib.util.spec_from_file_location("train_prompts", FOLDER / "train.py")
+    spec = importlib.util.spec_from_file_location("prompts_of_the_book", FOLDER / "train.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -42,7 +42,7 @@ def test_every_embedded_data_set_has_prompts_and_the_shifted_ones_three_seeds(ta
 
 
 @pytest.mark.parametrize("path", CARDS, ids=lambda path: "-".join(path.parts[-4:-1]))
-def test_prompts_belong_to_the_small_clip_and_to_the_images_they_name(plain, target, path):
+def test_prompts_belong_to_the_small_clip_and_to_the_images_they_name(plain, path):
     method, name, seed = path.parts[-4:-1]
     card, dataset = read_card(path.parent), embedded_dataset(name)
     assert f"seed{card.seed}" == seed and card.config.method == method
@@ -50,12 +50,14 @@ def test_prompts_belong_to_the_small_clip_and_to_the_images_they_name(plain, tar
     tuned = load_prompts(path.parent, plain)
     assert tuned.n_tokens == plain.n_tokens + (0 if method == "coop" else 2)
     drawn = read_manifest(path.with_name("manifest.json"), dataset)
-    shots = target.SHOTS.get(name, 16)
+    shots = EMBEDDED_SHOTS.get(name, SHOTS)
     assert np.bincount(drawn.train.labels).tolist() == [shots] * len(dataset.classnames)
 
 
 def test_the_target_makes_the_committed_prompts_again(plain, target, tmp_path):
-    folder = target.learn("silhouettes", 1, tmp_path / "work", out=tmp_path)
+    work = ["--work", str(tmp_path / "work"), "--out", str(tmp_path)]
+    assert target.main(["--dataset", "silhouettes", "--seeds", "1", *work]) == 0
+    folder = tmp_path / "maple" / "silhouettes" / "seed1"
     committed = FOLDER / "maple" / "silhouettes" / "seed1"
     assert (folder / "manifest.json").read_text() == (committed / "manifest.json").read_text()
     rows = [list(csv.DictReader(open(f / "metrics.csv"))) for f in (folder, committed)]
@@ -66,7 +68,8 @@ def test_the_target_makes_the_committed_prompts_again(plain, target, tmp_path):
 
 
 def test_prompts_that_are_not_there_are_named(plain):
-    with pytest.raises(PatchSAEError, match="no prompts of maple for 'eurosat' with seed 1.*make prompts"):
+    with pytest.raises(MissingPrompts, match="of maple for 'eurosat' with seed 1.*patchsae.train_prompts"):
         find_prompts(FOLDER, "eurosat", plain)
-    with pytest.raises(PatchSAEError, match="of vpt for 'concepts'"):
+    with pytest.raises(MissingPrompts, match="of vpt for 'concepts'.*make prompts") as missing:
         find_prompts(FOLDER, "concepts", plain, method=Method.VPT)
+    assert "MaPLe's" not in str(missing.value)  # who published no VPT

@@ -11,8 +11,17 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_backbone
 
 from patchsae.backbone import Backbone, load_backbone
+from patchsae.benchmark_table import BENCHMARKS
 from patchsae.errors import PatchSAEError
-from patchsae.prompt_files import load_official, load_prompts, read_card, save_prompts
+from patchsae.prompt_files import (
+    MissingPrompts,
+    find_prompts,
+    load_official,
+    load_prompts,
+    prompts_folder,
+    read_card,
+    save_prompts,
+)
 from patchsae.prompts import AdaptedBackbone, PromptConfig, Prompts, adapt
 
 NAMES = ("cat", "hot_air balloon", "dog")
@@ -191,6 +200,53 @@ def test_every_key_counts(plain, state, tmp_path, key):
     other = state | {key: torch.zeros(5, 7)}
     with pytest.raises(PatchSAEError, match=rf"{key} is \[5, 7\] in the file and should be"):
         load_official(save_official(path, other), plain)
+
+
+# as docs/RUN.md of MaPLe's repository lists them
+PUBLISHED = (
+    "imagenet", "caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101", "fgvc_aircraft",
+    "sun397", "dtd", "eurosat", "ucf101",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name, theirs", [*zip(BENCHMARKS, PUBLISHED, strict=True)])
+def test_published_files_are_found_under_their_name_and_ours(plain, maple, state, tmp_path, name, theirs):
+    with pytest.raises(MissingPrompts, match=rf"for '{name}' with seed 2.*{theirs}/base/seed2/Multi"):
+        find_prompts(tmp_path, name, plain, seed=2)
+    for folder in {theirs, name}:
+        learner = tmp_path / f"at {folder}" / folder / "base/seed2/MultiModalPromptLearner"
+        learner.mkdir(parents=True)
+        save_official(learner / "model.pth.tar-5", state)
+        assert find_prompts(tmp_path / f"at {folder}", name, plain, seed=2).prompts.config.depth == 3
+    save_prompts(prompts_folder(tmp_path, name, 2), maple, NAMES, 2, "abc")
+    assert find_prompts(tmp_path, name, plain, seed=2).fingerprint() == maple.fingerprint()
+
+
+def test_damaged_prompts_are_not_missing(plain, maple, tmp_path):
+    folder = prompts_folder(tmp_path, "dtd", 1)
+    save_prompts(folder, maple, NAMES, 1, "abc")
+    for damage in (lambda: (folder / "prompts.safetensors").write_bytes(b"x"),
+                   (folder / "prompts.json").unlink):  # fmt: skip
+        damage()
+        with pytest.raises(PatchSAEError) as found:
+            find_prompts(tmp_path, "dtd", plain)
+        assert not isinstance(found.value, MissingPrompts) and str(folder) in str(found.value)
+    learner = tmp_path / "eurosat/base/seed1/MultiModalPromptLearner"
+    learner.mkdir(parents=True)
+    (learner / "model.pth.tar-5").write_bytes(b"half a file")
+    with pytest.raises(PatchSAEError) as found:
+        find_prompts(tmp_path, "eurosat", plain)
+    assert not isinstance(found.value, MissingPrompts)
+
+
+@pytest.mark.parametrize("key", ["ctx", "token_prefix", "token_suffix", "proj.bias"])
+@pytest.mark.parametrize("shape", [(), (0,), (0, 24)])
+def test_tensors_of_no_length_are_named(plain, state, tmp_path, key, shape):
+    other = state | {f"prompt_learner.{key}": torch.zeros(shape)}
+    with pytest.raises(
+        PatchSAEError, match=rf"prompt_learner.{key} is \[{', '.join(map(str, shape))}\] in"
+    ):
+        load_official(save_official(tmp_path / "model.pth.tar-5", other), plain)
 
 
 def test_keys_too_many_are_refused(plain, state, tmp_path):

@@ -156,7 +156,7 @@ def test_workers_and_memory_change_nothing(backbone, shots, whole, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["maple", "coop", "vpt"])
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
 def test_each_method_learns_the_shots(backbone, shots, tmp_path, method, precision):
     config = replace(
         CONFIG,
@@ -173,6 +173,66 @@ def test_each_method_learns_the_shots(backbone, shots, tmp_path, method, precisi
     assert not any(value.requires_grad for value in run.backbone.parameters())
     card = json.loads((run.folder / "prompts.json").read_text())
     assert (card["method"], card["seed"], card["classnames"]) == (method, 1, list(shots.classnames))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_learns_about_the_same(backbone, shots, whole, tmp_path, precision):
+    """The published runs used fp16 without scaling the loss."""
+    found = train_prompts(backbone, shots, replace(CONFIG, precision=precision), tmp_path, progress=False)
+    start = prompt_training.adapt(backbone, CONFIG.prompts, CONFIG.seed).prompts.state_dict()
+    exact = whole.backbone.prompts.state_dict()
+    assert all(np.isfinite(row["loss"]) for row in found.metrics)
+    for name, value in found.backbone.prompts.state_dict().items():
+        moved = (exact[name] - start[name]).norm()
+        assert (value - exact[name]).norm() < 0.1 * moved, name
+        assert not torch.equal(value, exact[name])
+
+
+def test_a_killed_run_in_half_precision_ends_with_the_same_bits(backbone, shots, tmp_path, monkeypatch):
+    config = replace(CONFIG, precision="bf16")
+    whole = train_prompts(backbone, shots, config, tmp_path / "whole", progress=False)
+    kill(monkeypatch, backbone, shots, config, tmp_path / "killed", at=7)
+    again = train_prompts(backbone, shots, config, tmp_path / "killed", progress=False)
+    assert weights(again) == weights(whole) and again.metrics == whole.metrics
+
+
+def test_without_momentum_a_run_is_kept_and_goes_on_too(backbone, shots, tmp_path, monkeypatch):
+    config = replace(CONFIG, momentum=0)
+    whole = train_prompts(backbone, shots, config, tmp_path / "whole", progress=False)
+    kill(monkeypatch, backbone, shots, config, tmp_path / "killed", at=5)
+    again = train_prompts(backbone, shots, config, tmp_path / "killed", progress=False)
+    assert weights(again) == weights(whole)
+
+
+def test_the_manifest_tells_the_seconds_of_all_sessions(backbone, shots, tmp_path, monkeypatch):
+    def seconds(root):
+        (path,) = root.glob("*/manifest.json")
+        return json.loads(path.read_text())["facts"]["training_seconds"]
+
+    train_prompts(backbone, shots, CONFIG, tmp_path / "whole", progress=False)
+    assert 0 < seconds(tmp_path / "whole") < 600
+    clock = iter(range(10_000))
+    with monkeypatch.context() as patch:
+        patch.setattr(prompt_training.time, "monotonic", lambda: float(next(clock)))
+        kill(monkeypatch, backbone, shots, CONFIG, tmp_path / "killed", at=7)
+        first = next(clock)
+        train_prompts(backbone, shots, CONFIG, tmp_path / "killed", progress=False)
+    assert first / 2 < seconds(tmp_path / "killed") <= next(clock)
+
+
+def kill(monkeypatch, backbone, shots, config, root, at):
+    """Start a run that is killed right after the checkpoint of a step."""
+    saved = prompt_training._Run._save
+
+    def save(run):
+        saved(run)
+        if run.step == at:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prompt_training._Run, "_save", save)
+        with pytest.raises(Killed):
+            train_prompts(backbone, shots, config, root, progress=False)
 
 
 def test_crops_depend_on_seed_and_step_alone(images):
@@ -215,6 +275,10 @@ def test_bad_input_is_refused_before_any_training(backbone, images, tmp_path, mo
         ({"epochs": 2, "warmup_epochs": 2}, r"warmup_epochs=2 must be in 0..1"),
         ({"depth": 0}, "depth=0 has no prompts to learn"),
         ({"crop_scale": (0.5, 0.2)}, r"crop_scale=\(0.5, 0.2\) must be two shares"),
+        ({"seed": -1}, "seed=-1 must not be negative"),
+        ({"momentum": -0.1}, "momentum=-0.1 must not be negative"),
+        ({"workers": -2}, "workers=-2 must not be negative"),
+        ({"weight_decay": float("nan")}, "weight_decay=nan must not be negative"),
         ({"precision": "int8"}, "precision='int8' is unknown; choose one of float32, bf16, fp16"),
     ):
         with pytest.raises(PatchSAEError, match=sentence):

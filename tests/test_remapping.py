@@ -5,6 +5,7 @@ import pytest
 import torch
 from test_prompts import learned, make
 
+from patchsae import remapping
 from patchsae.backbone import zero_shot_logits, zero_shot_weights
 from patchsae.embedded import SINGLE, SceneSet
 from patchsae.errors import PatchSAEError
@@ -15,10 +16,12 @@ from patchsae.remapping import (
     class_counts,
     compare_counts,
     correlation,
+    difference_of_shares,
     group_table,
     improvement_rate,
     mcnemar,
     mix_models,
+    selection_half,
     share_of_gain,
 )
 from patchsae.sae import SAE, SAEConfig
@@ -117,6 +120,62 @@ def test_the_share_of_a_gain_is_that_of_the_means():
     assert np.isnan(share_of_gain(before, before, after, draws=50).value)
 
 
+def all_at_once(before, after, mixed, seed, draws):
+    """Bootstrap as the definition has it, with the weights of all draws in one table."""
+    right = np.stack([before, after, mixed]).astype(float)
+    rng, n = np.random.default_rng(seed), right.shape[1]
+    weights = np.stack([np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(draws)])
+    low, high, middle = right @ weights.T / n
+    return (middle - low) / (high - low)
+
+
+def test_shares_and_their_difference_are_those_of_the_same_draws():
+    rng = np.random.default_rng(1)
+    before, after, first, second = (rng.random(300) < p for p in (0.3, 0.7, 0.6, 0.5))
+    shares = [all_at_once(before, after, mixed, 3, 200) for mixed in (first, second)]
+    for mixed, drawn in zip((first, second), shares, strict=True):
+        expected = np.quantile(drawn, (0.025, 0.975))
+        assert share_of_gain(before, after, mixed, 3, 200)[1:] == pytest.approx(expected, rel=1e-12)
+    found = difference_of_shares(before, after, first, second, 3, 200)
+    assert found[1:] == pytest.approx(np.quantile(shares[0] - shares[1], (0.025, 0.975)), rel=1e-12)
+    gain = after.mean() - before.mean()
+    assert found.value == pytest.approx((first.mean() - second.mean()) / gain)
+
+
+def test_a_difference_may_be_clear_where_two_intervals_overlap():
+    rng = np.random.default_rng(2)
+    before = rng.random(400) < 0.3
+    after = before | (rng.random(400) < 0.5)
+    second = np.where(rng.random(400) < 0.5, before, after)
+    first = second | (rng.random(400) < 0.03)  # right wherever the second is, and on a few more
+    one, other = (share_of_gain(before, after, mixed) for mixed in (first, second))
+    assert one.low < other.high  # as two intervals they say nothing
+    assert difference_of_shares(before, after, first, second).low > 0
+    assert difference_of_shares(before, after, second, first).high < 0
+    assert difference_of_shares(before, after, first, first) == (0, 0, 0)
+
+
+def test_a_share_of_many_images_takes_little_memory():
+    import tracemalloc
+
+    n = 66_000
+    right = np.random.default_rng(0).random((3, n)) < 0.5
+    tracemalloc.start()
+    share_of_gain(*right, draws=20)
+    assert tracemalloc.get_traced_memory()[1] < 20 * 8 * n  # three copies and one draw, not all draws
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("labels", [
+    np.arange(80) % 5, np.arange(80) % 4, np.arange(261), np.repeat(np.arange(7), 3), np.zeros(5, int),
+])  # fmt: skip
+def test_the_half_to_select_on_has_half_of_each_class(labels):
+    marked = selection_half(labels)
+    assert marked.sum() == -(-len(labels) // 2)
+    counts = [np.bincount(labels[part], minlength=labels.max() + 1) for part in (marked, ~marked)]
+    assert np.abs(counts[0] - counts[1]).max() <= 1
+
+
 @pytest.fixture(scope="module")
 def models():
     plain = make(text={"layers": 4}, vision={"image_size": 112, "patch_size": 28})
@@ -139,8 +198,8 @@ def test_pure_mixtures_are_the_models_and_mixed_ones_take_each_part_from_one(mod
     for part, ranks in ((None, found.tokens), (sae, found.latents)):
         shown = [stream[:, :17] if part is None else part(stream[:, :17]) for stream in x]
         for parts in PARTS:
-            tokens = torch.cat([shown[parts.stream], x[parts.head][:, 17:]], 1)
-            embeddings = (plain, adapted)[parts.head].finish(tokens)
+            tokens = torch.cat([shown[parts.stream], x[parts.prompt_tokens][:, 17:]], 1)
+            embeddings = (plain, adapted)[parts.prompt_tokens].finish(tokens)
             right = zero_shot_logits(plain, embeddings, texts[parts.words]).argmax(-1) == batch.labels
             np.testing.assert_array_equal(ranks[parts] == 0, right, err_msg=str(parts))
     if method == "coop":  # nothing about the images is learned
@@ -150,6 +209,44 @@ def test_pure_mixtures_are_the_models_and_mixed_ones_take_each_part_from_one(mod
     again = mix_models(*args, progress=False)
     assert all((again.latents[parts] == found.latents[parts]).all() for parts in PARTS)
     assert len(list(tmp_path.glob("mixed-mixed-*/manifest.json"))) == 1
+
+
+def test_a_killed_run_of_mixtures_goes_on_at_the_first_chunk_that_is_missing(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(remapping, "CHUNK_IMAGES", 8)
+    plain, adapted = models[0], models[1]["maple"]
+    images = SceneSet("mixed", "test", range(0, 20, 2), (0, 1), 3, SINGLE)
+    texts = [zero_shot_weights(model.plain if model is adapted else model, images.classnames, "a {}.")
+             for model in (plain, adapted)]  # fmt: skip
+    args = SAE(SAEConfig(plain.d_model, 2)), "s", plain, adapted, images, texts
+    whole = mix_models(*args, tmp_path / "whole", batch_size=4, progress=False)
+    load, loaded = SceneSet.load, []
+
+    def some(self, indices):
+        if len(loaded) == 5:  # in the middle of the third chunk
+            raise KeyboardInterrupt
+        loaded.append(list(indices))
+        return load(self, indices)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SceneSet, "load", some)
+        with pytest.raises(KeyboardInterrupt):
+            mix_models(*args, tmp_path / "killed", batch_size=4, progress=False)
+    (folder,) = (tmp_path / "killed").iterdir()
+    chunks = sorted(path.name for path in folder.glob("chunk-*"))
+    assert chunks == ["chunk-00000000.safetensors", "chunk-00000008.safetensors"]
+    content = (folder / chunks[1]).read_bytes()
+    (folder / chunks[1]).write_bytes(content[:50])
+    with pytest.raises(PatchSAEError, match="chunk-00000008.safetensors' holds no part of these mixtures"):
+        mix_models(*args, tmp_path / "killed", batch_size=4, progress=False)
+    (folder / chunks[1]).write_bytes(content)
+    loaded.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(SceneSet, "load", lambda self, i: loaded.append(list(i)) or load(self, i))
+        again = mix_models(*args, tmp_path / "killed", batch_size=4, progress=False)
+    assert not loaded  # the refused call had made the rest
+    for ours, theirs in zip(again, whole, strict=True):
+        assert all((ours[parts] == theirs[parts]).all() for parts in PARTS)
+    assert {path.name for path in folder.iterdir()} == {".lock", "manifest.json", "ranks.safetensors"}
 
 
 def test_models_cut_at_different_blocks_are_refused(models):

@@ -40,7 +40,7 @@ class Crops(Source):
         self.images, self.name, self.seed, self.room = images, images.name, seed, keep_bytes
         self.kept: dict[int, Image.Image | Tensor] = {}
         # the undistorted original, where the set has it
-        self.whole = getattr(images, "picture", None) if scale else None
+        self.whole = images.picture if scale else None
         self.change = scale and v2.Compose(
             [
                 v2.RandomResizedCrop(size, scale, interpolation=InterpolationMode.BICUBIC, antialias=True),

@@ -63,7 +63,9 @@ def download(name: str, folder: Path, remedy: str) -> None:
         getattr(datasets, source.kind)(staging, download=True)
         unpacked = staging / source.folder
         folder.mkdir(exist_ok=True)
-        for item in source.items or sorted(os.listdir(unpacked)):
+        # the images last, as they are what a later call takes for the whole
+        everything = sorted(os.listdir(unpacked), key=lambda item: (item in wanted, item))
+        for item in source.items or everything:
             if not (folder / item).exists():
                 os.replace(unpacked / item, folder / item)
     except Exception as error:  # of networks, archives and checksums, each with its own

@@ -211,8 +211,11 @@ def _require(name: str, paths: Iterable[Path], remedy: str) -> None:
         raise PatchSAEError(f"data set '{name}' lacks '{quoted}'; {remedy}.")
 
 
-def describe(name: str, data_root: str | Path) -> str:
-    """Count classes and images of a data set, beside those of the whole set where they differ.
+def describe(name: str, data_root: str | Path) -> tuple[bool, str]:
+    """Count classes and images of a data set that opens; tell whether it is whole, and the counts.
+
+    Where it is not, the text has those of the whole set too, and where to get it: a folder that was half
+    downloaded has no list that would miss its images.
 
     Raises
     ------
@@ -222,10 +225,12 @@ def describe(name: str, data_root: str | Path) -> str:
     parts = {"train": data.train, "val": data.val, "test": data.test}
     found = {part: len(images) for part, images in parts.items() if images is not None and len(images)}
     text = f"{len(data.classnames):,} classes; " + ", ".join(f"{n:,} {part}" for part, n in found.items())
-    if (len(data.classnames), tuple(found.values())) != (recipe.classes, recipe.images):
-        whole = " + ".join(f"{n:,}" for n in recipe.images)
-        text += f" (the whole set has {recipe.classes:,} classes; {whole} images)"
-    return text
+    if whole := (len(data.classnames), tuple(found.values())) == (recipe.classes, recipe.images):
+        return whole, text
+    images = " + ".join(f"{n:,}" for n in recipe.images)
+    return whole, (
+        f"{text}, but the whole set has {recipe.classes:,} classes; {images} images: {recipe.remedy}."
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -246,14 +251,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PatchSAEError as error:
         print(error, file=sys.stderr)
         return 2
-    missing = False
+    all_whole = True
     for name in dict.fromkeys(names):
         try:
-            print(f"{name:21} complete    {describe(name, options.data)}")
+            whole, told = describe(name, options.data)
         except PatchSAEError as error:
-            missing = True
-            print(f"{name:21} incomplete  {error}")
-    return int(missing)
+            whole, told = False, str(error)
+        all_whole &= whole
+        print(f"{name:21} {'complete' if whole else 'incomplete':10}  {told}")
+    return int(not all_whole)
 
 
 def _parser() -> argparse.ArgumentParser:

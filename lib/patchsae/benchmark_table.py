@@ -39,6 +39,8 @@ class Recipe:
     """Identifier of the split file on Google Drive, from CoOp's page."""
     rename: Callable[[str], str | None] = _same
     """Gives a class its final name, and leaves final names alone; None drops the class."""
+    config: str = ""
+    """Name in Dassl's configurations and in MaPLe's folders, '' where it is the folder's."""
 
     @property
     def remedy(self) -> str:
@@ -82,7 +84,7 @@ RECIPES = {
     "caltech-101": Recipe(
         "Caltech101", "caltech101", "101_ObjectCategories", 100, (4128, 1649, 2465),
         split="split_zhou_Caltech101.json", drive="1hyarUivQE36mY6jSomru6Fjd-JzwcCzN",
-        rename=lambda name: _CALTECH.get(name, name),
+        rename=lambda name: _CALTECH.get(name, name), config="caltech101",
     ),
     "oxford_pets": Recipe(
         "OxfordPets", "oxfordpets", "images", 37, (2944, 736, 3669), "a photo of a {}, a type of pet.",
@@ -98,7 +100,7 @@ RECIPES = {
     ),
     "food-101": Recipe(
         "Food101", "food101", "images", 101, (50500, 20200, 30300), "a photo of {}, a type of food.",
-        "split_zhou_Food101.json", "1QK0tGi096I0Ba6kggatX1ee6dJFIcEJl",
+        "split_zhou_Food101.json", "1QK0tGi096I0Ba6kggatX1ee6dJFIcEJl", config="food101",
     ),
     "fgvc_aircraft": Recipe(
         "FGVC Aircraft", "fgvcaircraft", "images", 100, (3334, 3333, 3333),

@@ -41,11 +41,13 @@ class CifarImages(ImageSet):
         self.name, self.split, self.image_size = "cifar-100", split, image_size
         self.path = Path(folder) / split
         names = _field(_read(folder / "meta", remedy)[0], "fine_label_names", folder / "meta", remedy)
+        if not all(isinstance(name, str | bytes) for name in names):
+            raise PatchSAEError(f"'{folder / 'meta'}' holds names that are no text; {remedy}.")
         self.classnames = tuple(_text(name) for name in names)
         content, source = _read(self.path, remedy)
         labels = _field(content, "fine_labels", self.path, remedy)
         pixels = _field(content, "data", self.path, remedy).raw
-        known = set(labels) <= set(range(len(self.classnames)))
+        known = all(isinstance(y, int) and 0 <= y < len(self.classnames) for y in labels)
         if not known or not labels or type(pixels) is not bytes or len(pixels) != len(labels) * 3 * SIDE**2:
             raise PatchSAEError(
                 f"'{self.path}' does not hold {SIDE}x{SIDE} images and their labels; {remedy}."

@@ -94,6 +94,7 @@ class _Recipe:
     subgroups: tuple[str, ...]  # prefixes
     step: int = 1  # every step-th concept
     classes: int | None = None  # at most
+    test: int = 16  # images per class
 
 
 _OPENMOJI, _TWEMOJI, _SKETCH = range(len(STYLES))
@@ -109,20 +110,20 @@ _RECIPES = {
     "twemoji_clothing": _Recipe("Twemoji clothing", (_TWEMOJI,), ("clothing",)),
     "sketch_objects": _Recipe("Sketch objects", (_SKETCH,), _OBJECTS),
     "sketch_activities": _Recipe("Sketch activities", (_SKETCH,), ("sport", "game", "event")),
-    "silhouettes": _Recipe("Silhouettes", (SILHOUETTE,), ("animal-mammal",), step=4, classes=10),
+    "silhouettes": _Recipe("Silhouettes", (SILHOUETTE,), ("animal-mammal",), step=4, classes=10, test=64),
 }
 DATASETS = tuple(_RECIPES)
 
 
 def embedded_dataset(
-    name: str, train: int = 32, test: int = 16, device: str | torch.device = "cpu"
+    name: str, train: int = 32, test: int | None = None, device: str | torch.device = "cpu"
 ) -> Dataset:
     """Return one of the eleven embedded data sets.
 
     Parameters
     ----------
     name : one of DATASETS
-    train, test : images per class
+    train, test : images per class; None takes 16, and 64 of the set that has few classes, silhouettes
 
     Raises
     ------
@@ -141,7 +142,7 @@ def embedded_dataset(
     def half(split: str, per_class: int) -> SceneSet:
         return SceneSet(name, split, classes, recipe.styles, per_class, SINGLE, device)
 
-    sets = {split: half(split, n) for split, n in (("train", train), ("test", test))}
+    sets = {"train": half("train", train), "test": half("test", recipe.test if test is None else test)}
     classnames = sets["train"].classnames
     return Dataset(name, recipe.title, classnames, f"a {look} of a {{}}", **sets)
 

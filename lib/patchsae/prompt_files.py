@@ -22,14 +22,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .backbone import Backbone
+from .benchmark_table import RECIPES
 from .errors import PatchSAEError
 from .prompts import AdaptedBackbone, Method, PromptConfig, blank_prompts, fitting_text_tower
 from .restricted_pickle import read_pickle
 from .stage import write_atomic, write_json
 
 WEIGHTS, CARD = "prompts.safetensors", "prompts.json"
-LEARNED, FROZEN = "prompt_learner.", {"image_encoder.": "visual.", "text_encoder.": ""}  # Dassl's: ours
+LEARNED = "prompt_learner."  # Dassl's prefix
 BUFFERS = ("token_prefix", "token_suffix")  # embeddings of the training set's own prompts
+
+
+class MissingPrompts(PatchSAEError):
+    """Tell that a folder holds no prompts for a data set, rather than damaged or foreign ones."""
 
 
 class PromptCard(NamedTuple):
@@ -113,22 +118,31 @@ def find_prompts(
 ) -> AdaptedBackbone:
     """Return `backbone` adapted to a data set by what a folder holds for it.
 
-    Ours lie in `<method>/<dataset>/seed<n>/`; MaPLe's as published, `<dataset>/base/seed<n>/
-    MultiModalPromptLearner/model.pth.tar-5` (tar-2 of a cross-data-set run; facts.md §1.3).
-    Raises PatchSAEError if there is neither, and as `load_prompts` and `load_official`.
+    Ours lie in `prompts_folder`; MaPLe's as published, `<dataset>/base/seed<n>/MultiModalPromptLearner/
+    model.pth.tar-5` (tar-2 of a cross-data-set run; facts.md §1.3), where a data set may have Dassl's name
+    for it. Raises MissingPrompts if there is neither, PatchSAEError as `load_prompts` and `load_official`.
     """
-    own = Path(folder) / method / dataset / f"seed{seed}"
-    if (own / CARD).is_file():
+    own = prompts_folder(folder, dataset, seed, method)
+    if any((own / file).is_file() for file in (CARD, WEIGHTS)):
         return load_prompts(own, backbone)
     learner = f"seed{seed}/MultiModalPromptLearner"
-    places = [f"{dataset}/base/{learner}/model.pth.tar-5", f"{dataset}/{learner}/model.pth.tar-2"]
-    for place in places if method is Method.MAPLE else ():
-        if (Path(folder) / place).is_file():
-            return load_official(Path(folder) / place, backbone)
-    raise PatchSAEError(
-        f"there are no prompts of {method} for '{dataset}' with seed {seed}: neither {own / CARD} nor "
-        f"{Path(folder) / places[0]}; learn them (`make prompts`) or put MaPLe's published file there."
+    names = dict.fromkeys((dataset, dataset in RECIPES and RECIPES[dataset].config or dataset))
+    ends = (f"base/{learner}/model.pth.tar-5", f"{learner}/model.pth.tar-2")
+    places = [Path(folder) / name / end for name in names for end in ends] if method is Method.MAPLE else []
+    for place in places:
+        if place.is_file():
+            return load_official(place, backbone)
+    looked = " nor ".join([str(own / CARD), *map(str, places[::2])])
+    raise MissingPrompts(
+        f"there are no prompts of {method} for '{dataset}' with seed {seed}, no {looked}; learn them "
+        f"(`python -m patchsae.train_prompts --help`; `make prompts` for those of the book)"
+        + (", or put MaPLe's published file there." if places else ".")
     )
+
+
+def prompts_folder(folder: str | Path, dataset: str, seed: int, method: Method = Method.MAPLE) -> Path:
+    """Return where prompts of ours lie in a folder: `<method>/<dataset>/seed<n>`."""
+    return Path(folder) / method / dataset / f"seed{seed}"
 
 
 def load_official(
@@ -159,11 +173,11 @@ def load_official(
         raise PatchSAEError(f"{path} has depth {in_file} ({last}), not {depth}: ask for depth={in_file}.")
     if f"{LEARNED}ctx" not in state:
         raise PatchSAEError(f"{path} lacks {LEARNED}ctx: give a model.pth.tar-N of MaPLe.")
-    config = PromptConfig(depth=in_file, n_ctx=len(state[f"{LEARNED}ctx"]), context=context)
+    config = PromptConfig(depth=in_file, n_ctx=_rows(state[f"{LEARNED}ctx"]), context=context)
     text, frozen = fitting_text_tower(backbone, config), _frozen(backbone)
     expected = {LEARNED + k: list(v.shape) for k, v in blank_prompts(backbone, config).state_dict().items()}
     n, width = config.n_ctx, text.width
-    classes = len(state.get(f"{LEARNED}{BUFFERS[0]}", ()))
+    classes = _rows(state.get(f"{LEARNED}{BUFFERS[0]}", torch.empty(0)))
     rows = dict(zip(BUFFERS, (1, text.context - 1 - n), strict=True))
     expected |= {LEARNED + key: [classes, count, width] for key, count in rows.items()}
     expected |= {key: list(value.shape) for key, value in frozen.items()}
@@ -183,6 +197,11 @@ def load_official(
         if key.startswith(LEARNED) and key.removeprefix(LEARNED) not in BUFFERS
     }
     return _adapted(path, backbone, config, learned)
+
+
+def _rows(value: Tensor) -> int:
+    # at least one, so that a tensor of any shape gets as far as the comparison that names it
+    return max((1, *value.shape[:1]))
 
 
 def _state_dict(path: Path) -> dict[str, Tensor]:

@@ -54,7 +54,7 @@ class PromptTrainConfig(PromptConfig):
     epochs: int = 5
     """Passes over the images."""
     batch_size: int = 4
-    """Images per step; what is left over at the end of an epoch waits for the next."""
+    """Images per step; those left over at the end of an epoch are not seen in it."""
     lr: float = 0.0035
     """Step size of SGD after warm-up; it falls along a cosine, once per epoch."""
     momentum: float = 0.9
@@ -86,6 +86,9 @@ class PromptTrainConfig(PromptConfig):
         for name in ("epochs", "batch_size", "lr", "checkpoint_share"):
             if not getattr(self, name) > 0:
                 raise PatchSAEError(f"{name}={getattr(self, name)} must be positive.")
+        for name in ("momentum", "weight_decay", "warmup_lr", "seed", "workers", "cache_mb"):
+            if not getattr(self, name) >= 0:
+                raise PatchSAEError(f"{name}={getattr(self, name)} must not be negative.")
         object.__setattr__(self, "crop_scale", tuple(self.crop_scale))  # JSON makes a list of it
         if not (len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1):
             raise PatchSAEError(f"crop_scale={self.crop_scale} must be two shares, 0 < low ≤ high ≤ 1.")
@@ -187,6 +190,7 @@ class _Run:
         )
         self.step, self.loss, self.right = 0, 0.0, 0  # the latter two of this epoch
         self.metrics: list[dict[str, float]] = []
+        self.seconds = 0.0  # that steps took, in every process that worked on this run
 
     def go(self) -> None:
         if self.checkpoint.exists():
@@ -199,7 +203,9 @@ class _Run:
             self.stage.path, self.adapted, self.images.classnames, config.seed, digest(self.stage.inputs)
         )
         write_metrics(self.stage.path, self.metrics)
-        self.stage.finish(seed=config.seed, images=len(self.images), steps=self.step)
+        self.stage.finish(
+            seed=config.seed, images=len(self.images), steps=self.step, training_seconds=self.seconds
+        )
 
     def _learn(self) -> None:
         config, plans = self.config, self._plans()
@@ -213,6 +219,7 @@ class _Run:
             shown=self.progress,
         )
         saved_at, saving = time.monotonic(), 0.0
+        started, before = saved_at, self.seconds
         with bar:
             for plan, batch in zip(plans, read_batches(source, plans, config.workers), strict=True):
                 self._take(batch, self.images.labels[plan[1:]], texts)
@@ -221,6 +228,7 @@ class _Run:
                     self._row()
                     bar.set_postfix({key: f"{self.metrics[-1][key]:.3g}" for key in ("loss", "accuracy")})
                 began = time.monotonic()
+                self.seconds = before + began - started
                 if (began - saved_at) * config.checkpoint_share >= saving:
                     self._save()
                     saved_at = time.monotonic()
@@ -285,10 +293,10 @@ class _Run:
 
     def _save(self) -> None:
         tensors = {f"prompts.{name}": value for name, value in self.parameters.items()}
-        for name, value in self.parameters.items():
+        for name, value in self.parameters.items() if self.config.momentum else ():
             tensors[f"momentum.{name}"] = self.optimizer.state[value]["momentum_buffer"]
         tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        run = {key: getattr(self, key) for key in ("step", "loss", "right", "metrics")}
+        run = {key: getattr(self, key) for key in ("step", "loss", "right", "metrics", "seconds")}
         run["inputs"] = digest(self.stage.inputs)
         write_atomic(self.checkpoint, lambda path: save_file(tensors, path, {"run": json.dumps(run)}))
 
@@ -298,10 +306,11 @@ class _Run:
             run, tensors = open_checkpoint(self.checkpoint, self.stage)
             for name, value in self.parameters.items():
                 value.copy_(tensors[f"prompts.{name}"])
-                momentum = tensors[f"momentum.{name}"].to(value.device)
-                self.optimizer.state[value]["momentum_buffer"] = momentum
+                if self.config.momentum:
+                    momentum = tensors[f"momentum.{name}"].to(value.device)
+                    self.optimizer.state[value]["momentum_buffer"] = momentum
             self.step, self.loss, self.right = run["step"], run["loss"], run["right"]
-            self.metrics = run["metrics"]
+            self.metrics, self.seconds = run["metrics"], run["seconds"]
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise PatchSAEError(

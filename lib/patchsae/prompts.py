@@ -1,12 +1,14 @@
-"""Prompt-based adaptation: learned tokens beside those of a frozen CLIP (MaPLe, and its two halves).
+"""Prompt-based adaptation: learned tokens beside those of a frozen CLIP (MaPLe, CoOp and VPT).
 
     text    <start> p₁ p₂ of a cat . <end>        p in front of block 1, again in front of blocks 2 … depth
                     │  │  Linear, one per depth
     image   <cls> patch patch … patch v₁ v₂       v likewise, at the end of the patches
 
-MaPLe learns p and the Linears; CoOp learns p alone, in front of block 1; VPT learns v alone. No weight
-of CLIP changes, and none is copied: the adapted backbone holds the same model, its tower adds the tokens,
-and everything that works on a `Backbone` works on it. Architecture: facts.md §1.1.
+MaPLe learns p and the Linears; CoOp learns p alone, in front of block 1; VPT learns v alone, at every
+depth. CoOp is shallow, as its authors made it: it is not MaPLe's text side, which is as deep as its image
+side, so MaPLe has more than CoOp and the image tokens. No weight of CLIP changes, and none is copied: the
+adapted backbone holds the same model, its tower adds the tokens, and everything that works on a `Backbone`
+works on it. Architecture: facts.md §1.1.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ class Method(StrEnum):
     """Where tokens are learned."""
 
     MAPLE = "maple"  # text, and from it image: every depth
-    COOP = "coop"  # text alone, in front of the first block
+    COOP = "coop"  # text alone, in front of the first block whatever the depth
     VPT = "vpt"  # image alone, every depth
 
 

@@ -5,7 +5,7 @@ Counts are class- or data-set-level activations (Eq. 5) of the same images under
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import xarray as xr
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from scipy.stats import binomtest
 from torch import Tensor
@@ -22,11 +23,13 @@ from .backbone import Backbone, zero_shot_logits
 from .errors import PatchSAEError
 from .evaluation import Interval, label_rank, text_digest
 from .images import ImageSet
+from .progress import progress_bar
 from .sae import SAE
 from .stage import Stage, write_atomic
 from .tail import Tail
 
 UPPER, LOWER = 50, 100  # ranks that bound 'high' and 'low' (paper §4.2.1)
+CHUNK_IMAGES = 64  # images that a killed run of mixtures loses at most
 
 
 class Reading(StrEnum):
@@ -133,25 +136,59 @@ def share_of_gain(
     (mixed - before) / (after - before) of accuracies, with a percentile bootstrap over images. NaN where
     there is no gain; where the gain's interval holds 0 that of the share means nothing.
     """
-    right = np.stack([before, after, mixed]).astype(np.float64)  # [3, N]
-    rng, n = np.random.default_rng(seed), right.shape[1]
-    weights = np.stack([np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(draws)])
-    low, high, middle = right @ weights.T / n
+    before, after, mixed = (np.asarray(right, np.float64) for right in (before, after, mixed))
+    return _ratio(mixed - before, after - before, seed, draws)
+
+
+def difference_of_shares(
+    before: np.ndarray,
+    after: np.ndarray,
+    first: np.ndarray,
+    second: np.ndarray,
+    seed: int = 0,
+    draws: int = 2000,
+) -> Interval:
+    """Return how much more of a gain one mixed model has than another: `share_of_gain` of both, subtracted.
+
+    Both shares are taken of the same draw of images, so that what they have in common cancels; two
+    intervals that overlap leave open what this one may decide.
+    """
+    before, after, first, second = (np.asarray(r, np.float64) for r in (before, after, first, second))
+    return _ratio(first - second, after - before, seed, draws)
+
+
+def _ratio(top: np.ndarray, bottom: np.ndarray, seed: int, draws: int) -> Interval:
+    """Bootstrap mean(top) / mean(bottom) over images [N]; draws without a ratio are left out."""
+    rng, pair, n = np.random.default_rng(seed), np.stack([top, bottom], 1), len(top)
+    sums = np.empty((draws + 1, 2))
+    for draw in range(draws):  # one at a time: all weights of 66,000 images would take a gigabyte
+        sums[draw] = np.bincount(rng.integers(n, size=n), minlength=n) @ pair
+    sums[draws] = pair.sum(0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        shares = (middle - low) / (high - low)
-        value = (right[2].mean() - right[0].mean()) / (right[1].mean() - right[0].mean())
-    value, shares = (value if np.isfinite(value) else np.nan), shares[np.isfinite(shares)]
-    bounds = np.quantile(shares, (0.025, 0.975)) if len(shares) else (np.nan, np.nan)
-    return Interval(float(value), *map(float, bounds))
+        *shares, value = sums[:, 0] / sums[:, 1]
+    kept = [share for share in shares if np.isfinite(share)]
+    bounds = np.quantile(kept, (0.025, 0.975)) if kept else (np.nan, np.nan)
+    return Interval(float(value) if np.isfinite(value) else np.nan, *map(float, bounds))
+
+
+def selection_half(labels: np.ndarray) -> np.ndarray:
+    """Mark every other image [N] of each class, bool [N]: what sets are chosen on, and not tested on.
+
+    Images are counted class by class, so that of classes with one image every other is marked.
+    """
+    marked = np.zeros(len(labels), bool)
+    marked[np.argsort(labels, kind="stable")[::2]] = True
+    return marked
 
 
 class Parts(NamedTuple):
     """From which model, 0 CLIP or 1 adapted, each part of a mixed model is taken."""
 
     stream: int
-    """What is seen: the tokens after the hooked block."""
-    head: int
-    """What the blocks after it make of them."""
+    """What is seen: CLS and patches after the hooked block."""
+    prompt_tokens: int
+    """The learned image tokens, those beside the stream and those that later blocks get, if there are any.
+    All else after the hook is the same in both; one that entered early has looked at the image since."""
     words: int
     """The text vectors of the classes."""
 
@@ -181,8 +218,8 @@ def mix_models(
 ) -> Mixed:
     """Classify images with every mixture of CLIP's and an adapted model's parts, or read the result.
 
-    Prompt tokens belong to the head: a head that expects them gets its own model's. Pure mixtures, all 0 or
-    all 1, are the two models.
+    Pure mixtures, all 0 or all 1, are the two models. A run that was killed goes on at the first unfinished
+    chunk of images; a second process waits and reads.
 
     Parameters
     ----------
@@ -191,7 +228,7 @@ def mix_models(
 
     Raises
     ------
-    PatchSAEError : the backbones are cut after different blocks.
+    PatchSAEError : the backbones are cut after different blocks; a saved chunk is damaged.
     """
     if plain.block != adapted.block:
         raise PatchSAEError(
@@ -207,14 +244,18 @@ def mix_models(
     stage = Stage.open(root, f"mixed-{images.name.replace('/', '-')}", inputs)
     path = stage.path / "ranks.safetensors"
     if not stage.done:
-        ranks = _mix(sae, (plain, adapted), images, texts, batch_size, progress)
-        write_atomic(path, lambda temporary: save_file({"rank": ranks}, temporary))
-        stage.finish(images=len(images))
+        with stage.alone():
+            if not stage.done:  # another process may have finished it meanwhile
+                chunks = list(_mix(sae, (plain, adapted), images, texts, batch_size, progress, stage))
+                ranks = np.concatenate([_read_chunk(chunk) for chunk in chunks], -1)
+                write_atomic(path, lambda temporary: save_file({"rank": ranks}, temporary))
+                stage.finish(images=len(images))
+                for chunk in chunks:
+                    chunk.unlink()
     ranks = load_file(path)["rank"]  # [tokens or latents, mixture, N]
     return Mixed(*(dict(zip(PARTS, rows, strict=True)) for rows in ranks))
 
 
-@torch.no_grad()
 def _mix(
     sae: SAE,
     models: tuple[Backbone, Backbone],
@@ -222,20 +263,50 @@ def _mix(
     texts: tuple[Tensor, Tensor],
     batch_size: int,
     progress: bool,
+    stage: Stage,
+) -> Iterator[Path]:
+    """Yield the file of each chunk of images, made where it is not there."""
+    starts = range(0, len(images), CHUNK_IMAGES)
+    for start in progress_bar(starts, desc=f"mixing models on {images.name}", unit="chunk", shown=progress):
+        path = stage.path / f"chunk-{start:08d}.safetensors"
+        if not path.exists():
+            indices = np.arange(start, min(start + CHUNK_IMAGES, len(images)))
+            ranks = _mixed_ranks(sae, models, images, indices, texts, batch_size)
+            write_atomic(path, lambda temporary, ranks=ranks: save_file({"rank": ranks}, temporary))
+        yield path
+
+
+def _read_chunk(path: Path) -> np.ndarray:
+    try:
+        return load_file(path)["rank"]
+    except (SafetensorError, KeyError) as error:
+        raise PatchSAEError(
+            f"'{path}' holds no part of these mixtures ({error}); delete it and run again."
+        ) from error
+
+
+@torch.no_grad()
+def _mixed_ranks(
+    sae: SAE,
+    models: tuple[Backbone, Backbone],
+    images: ImageSet,
+    indices: np.ndarray,
+    texts: tuple[Tensor, Tensor],
+    batch_size: int,
 ) -> np.ndarray:
+    """Return the ranks [tokens or latents, mixture, N] of some images."""
     seen = [torch.from_numpy(token_columns(model, Tokens.ALL)).to(model.device) for model in models]
     tails, found = [Tail(model) for model in models], []
-    batches = images.batches(batch_size, progress=f"mixing models on {images.name}" if progress else None)
-    for batch in batches:
+    for batch in images.batches(batch_size, indices):
         streams = [model.residual(model.normalize(batch.images)) for model in models]
         shown = [stream[:, columns] for stream, columns in zip(streams, seen, strict=True)]
         labels, rows = batch.labels.to(models[0].device), []
         for part in (shown, [sae(x.float()).to(x.dtype) for x in shown]):
-            for stream, head, words in PARTS:
+            for stream, beside, words in PARTS:
                 if not words:  # the parts before it are those of the next mixture too
-                    tokens = streams[head].clone()
-                    tokens[:, seen[head]] = part[stream]
-                    embeddings = tails[head](tokens)
+                    tokens = streams[beside].clone()
+                    tokens[:, seen[beside]] = part[stream]
+                    embeddings = tails[beside](tokens)
                 logits = zero_shot_logits(models[0], embeddings, texts[words])
                 rows.append(label_rank(logits, labels))
         found.append(torch.stack(rows).view(2, len(PARTS), -1).cpu())

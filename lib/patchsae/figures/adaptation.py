@@ -11,6 +11,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from ..evaluation import Interval
 from ..remapping import Groups
@@ -18,6 +19,7 @@ from .parts import figure_of
 
 GROUP_COLOURS = {"high": "tab:green", "high_to_low": "tab:blue", "low_to_high": "tab:red"}
 MODEL_COLOURS = {"CLIP": "tab:blue", "MaPLe": "tab:orange"}
+UNMASKED = (0, (6, 2))
 
 
 class Counts(NamedTuple):
@@ -35,7 +37,10 @@ class Counts(NamedTuple):
 
 @figure_of("Fig. 6", "Fig. 7", "Fig. 17", "Fig. 20")
 def count_scatters(panels: Mapping[str, Counts], columns: int = 4, width: float = 2.9) -> Figure:
-    """Fig. 6, 7, 17, 20: counts under CLIP against counts under the adapted model, a point per latent."""
+    """Fig. 6, 7, 17, 20: counts under CLIP against counts under the adapted model, a point per latent.
+
+    Axes are logarithmic; a correlation in a panel's note is to say that it is of the counts themselves.
+    """
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     size = (width * columns, width * rows + 0.4)
@@ -79,7 +84,8 @@ def setting_curves(
 ) -> Figure:  # fmt: skip
     """Fig. 5(c), 11, 15, 16: masking curves of (ranked by, classified by) pairs of models, a panel per set.
 
-    Colours are the classifying model, filled marks latents ranked by CLIP; levels are the unmasked models.
+    Colours are the classifying model, filled marks latents ranked by CLIP; levels are the unmasked models
+    and chance.
     """
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
@@ -95,15 +101,16 @@ def setting_curves(
                 row = table.sel(ranking=ranking, switch=switch)
                 axis.plot(place, 100 * row.accuracy, style, marker="o", ms=3, lw=1, color=colour, mfc=fill)
                 axis.fill_between(place, 100 * row.low, 100 * row.high, color=colour, alpha=0.08, lw=0)
-            axis.axhline(100 * table.attrs["original"][0], color=colour, ls=(0, (6, 2)), lw=0.8)
+            axis.axhline(100 * table.attrs["original"][0], color=colour, ls=UNMASKED, lw=0.8)
             axis.set_xticks(place, [f"{n:,}" for n in table.k.values], rotation=90)
+        axis.axhline(100 / table.attrs["classes"], color="k", ls=":", lw=0.9)
         axis.set(ylim=(0, 102))
         axis.set_title(title, fontsize=8)
         axis.set_xlabel("k latents", fontsize=7)
         axis.tick_params(labelsize=6)
         axis.grid(alpha=0.25)
-    for line in axes:
-        line[0].set_ylabel("top-1 accuracy (%)", fontsize=7)
+    for row_of_panels in axes:
+        row_of_panels[0].set_ylabel("top-1 accuracy (%)", fontsize=7)
     keys = [
         Line2D(
             [], [], color=MODEL_COLOURS[classified], marker="o", ms=4,
@@ -112,7 +119,9 @@ def setting_curves(
         )
         for ranked, classified in next(iter(panels.values()))
     ]  # fmt: skip
-    keys += [Line2D([], [], color="0.3", ls=s, label=f"{n} top-k") for n, s in (("on", "-"), ("off", "--"))]
+    lines = {"on top-k": "-", "off top-k": "--", "unmasked": UNMASKED, "chance": ":"}
+    keys += [Line2D([], [], color="0.3", ls=style, label=name) for name, style in lines.items()]
+    keys.append(Patch(color="0.3", alpha=0.15, lw=0, label="95 % interval"))
     figure.legend(handles=keys, loc="outside lower center", ncols=3, fontsize=7)
     return figure
 
