@@ -21,7 +21,7 @@ from torch import Tensor
 from .activations import Tokens, token_columns
 from .backbone import Backbone, zero_shot_logits
 from .errors import PatchSAEError
-from .evaluation import Interval, label_rank, text_digest
+from .evaluation import Interval, bootstrap_ratio, label_rank, text_digest
 from .images import ImageSet
 from .progress import progress_bar
 from .sae import SAE
@@ -137,7 +137,7 @@ def share_of_gain(
     there is no gain; where the gain's interval holds 0 that of the share means nothing.
     """
     before, after, mixed = (np.asarray(right, np.float64) for right in (before, after, mixed))
-    return _ratio(mixed - before, after - before, seed, draws)
+    return bootstrap_ratio(mixed - before, after - before, seed, draws)
 
 
 def difference_of_shares(
@@ -154,21 +154,7 @@ def difference_of_shares(
     intervals that overlap leave open what this one may decide.
     """
     before, after, first, second = (np.asarray(r, np.float64) for r in (before, after, first, second))
-    return _ratio(first - second, after - before, seed, draws)
-
-
-def _ratio(top: np.ndarray, bottom: np.ndarray, seed: int, draws: int) -> Interval:
-    """Bootstrap mean(top) / mean(bottom) over images [N]; draws without a ratio are left out."""
-    rng, pair, n = np.random.default_rng(seed), np.stack([top, bottom], 1), len(top)
-    sums = np.empty((draws + 1, 2))
-    for draw in range(draws):  # one at a time: all weights of 66,000 images would take a gigabyte
-        sums[draw] = np.bincount(rng.integers(n, size=n), minlength=n) @ pair
-    sums[draws] = pair.sum(0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        *shares, value = sums[:, 0] / sums[:, 1]
-    kept = [share for share in shares if np.isfinite(share)]
-    bounds = np.quantile(kept, (0.025, 0.975)) if kept else (np.nan, np.nan)
-    return Interval(float(value) if np.isfinite(value) else np.nan, *map(float, bounds))
+    return bootstrap_ratio(first - second, after - before, seed, draws)
 
 
 def selection_half(labels: np.ndarray) -> np.ndarray:
