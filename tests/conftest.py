@@ -1,5 +1,6 @@
-"""Shared by all tests."""
+"""Shared by all tests, which `make test` runs in as many processes as there are cores."""
 
+import fcntl
 import os
 import re
 import subprocess
@@ -7,7 +8,11 @@ import sys
 from pathlib import Path
 from urllib.parse import urlparse
 
-import torch
+# One core for each process: OpenMP's threads wait for each other by spinning, at the neighbour's expense.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
 
 # Triton reads this on import, which other tests cause before test_sparse_gpu is collected.
 if not torch.cuda.is_available():
@@ -49,10 +54,14 @@ def images():
 def small_book() -> Path:
     """Build the whole book at tiny sizes, unless it is up to date; return its folder of pages."""
     command = [sys.executable, "book/build.py", "--small"]
-    built = subprocess.run(command, cwd=project_root(), capture_output=True, text=True)
+    folder = project_root() / "_build" / "small"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process of the tests may be building it
+        built = subprocess.run(command, cwd=project_root(), capture_output=True, text=True)
     if built.returncode:
         pytest.fail(built.stdout + built.stderr, pytrace=False)
-    html = project_root() / "_build" / "small" / "_build" / "html"
+    html = folder / "_build" / "html"
     assert built.stdout.splitlines()[-1] == f"open {(html / 'index.html').as_uri()}"
     return html
 
