@@ -122,7 +122,7 @@ def setting_curves(
     lines = {"on top-k": "-", "off top-k": "--", "unmasked": UNMASKED, "chance": ":"}
     keys += [Line2D([], [], color="0.3", ls=style, label=name) for name, style in lines.items()]
     keys.append(Patch(color="0.3", alpha=0.15, lw=0, label="95 % interval"))
-    figure.legend(handles=keys, loc="outside lower center", ncols=3, fontsize=7)
+    figure.legend(handles=keys, loc="outside lower center", ncols=3, fontsize=7, handlelength=3)
     return figure
 
 
