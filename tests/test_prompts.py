@@ -118,8 +118,9 @@ def test_class_vectors_are_those_of_the_published_text_encoder(plain):
         context = adapted.prompts.config.context or "x x x"
         texts = [f"{context} {name.replace('_', ' ')}." for name in NAMES]
         expected = F.normalize(encode_texts(adapted, texts), dim=-1)
-        torch.testing.assert_close(adapted.class_weights(NAMES), expected, rtol=0, atol=1e-6)
-    assert torch.equal(*expected[3:])  # equal names keep their rows
+        found = adapted.class_weights(NAMES)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(*found[3:], rtol=0, atol=1e-6)  # equal names keep their rows
 
 
 @torch.no_grad()
@@ -138,8 +139,13 @@ def test_packed_texts_are_padded_ones_whatever_the_group(plain):
 
 
 @torch.no_grad()
-def test_other_layouts_of_the_same_model_agree(plain, maple, pictures):
-    other = make(CustomTextCLIP)
+def test_other_layouts_of_the_same_model_agree(pictures):
+    """In float64, for such sharp attention makes much of float32's rounding, which differs by processor."""
+    plain, other, pictures = make(), make(CustomTextCLIP), pictures.double()
+    for one in (plain, other):
+        one.model.double()
+    maple = learned(plain)
+    maple.prompts.double()
     state = {
         k if k.startswith(("visual", "logit")) else f"text.{k}": v
         for k, v in plain.model.state_dict().items()
@@ -151,8 +157,8 @@ def test_other_layouts_of_the_same_model_agree(plain, maple, pictures):
             block.attn.batch_first = False
     other = AdaptedBackbone(Backbone(other.model, 2, tokenizer=lambda: plain.tokenize), maple.prompts)
     assert other.residual(pictures).shape == maple.residual(pictures).shape
-    torch.testing.assert_close(other(pictures), maple(pictures), rtol=0, atol=1e-5)
-    torch.testing.assert_close(other.class_weights(NAMES), maple.class_weights(NAMES), rtol=0, atol=1e-5)
+    torch.testing.assert_close(other(pictures), maple(pictures), rtol=0, atol=1e-10)
+    torch.testing.assert_close(other.class_weights(NAMES), maple.class_weights(NAMES), rtol=0, atol=1e-6)
     for block in (0, 4):
         cut = other.at_block(block)
         assert torch.equal(cut.finish(cut.residual(pictures)), other(pictures))
