@@ -42,7 +42,7 @@ FIRST, LAST = ("test_notebooks.py",), ("test_report.py", "test_book.py", "test_e
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with the file that builds a small book and end with those that look at it, so that nobody waits."""
+    """Begin with the file that builds a small book, end with those that look at it: so nobody waits."""
     items.sort(key=lambda item: (item.path.name not in FIRST, item.path.name in LAST))
 
 
