@@ -141,7 +141,8 @@ def test_every_field_equals_a_naive_dense_computation(tmp_path, activation):
     assert all(v.attrs["units"] for v in atlas.data_vars.values())
     assert atlas.attrs == {
         "images": 200, "tokens": 10_000, "tau": float(np.float32(0.15)), "name": "tiny", "block": 1,
-        "sae": "x", "backbone": backbone.fingerprint(), "image_set": images.fingerprint(),
+        "sae": "x", "weights": sae.fingerprint(), "backbone": backbone.fingerprint(),
+        "image_set": images.fingerprint(),
     }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from test_notebooks import photographs, text_of  # noqa: F401
-from tiny_explorer import HASH, make_parts, tiny_atlas, tuned
+from tiny_explorer import HASH, make_parts, sparse_sae, tiny_atlas, tuned
 
 from patchsae.activations import Tokens, token_columns
 from patchsae.errors import PatchSAEError
@@ -227,6 +227,12 @@ def test_an_atlas_of_another_sae_is_named_and_the_rest_goes_on(parts, tmp_path):
     assert explorer.index["general"] is None and "frequency" not in explorer.block("latents")
     assert not unpack(explorer.block("latents")["left_out"]).any()
     assert explorer.block("acts-0-0")
+    same_name = sparse_sae(clip.d_model)
+    same_name.b_enc.data[3] += 1e-6
+    changed = tiny_atlas(same_name, clip, parts.sets[0].images, tmp_path)
+    (notice,) = shown([parts.sets[0]._replace(atlas=changed)]).index["notices"]
+    assert "other weights" in notice
+    assert "only the gallery" in Explorer(parts.folder, same_name, HASH, parts.models).index["notices"][0]
     of_maple = tiny_atlas(parts.sae, parts.models[1].backbone, parts.sets[0].images, tmp_path)
     (notice,) = shown([parts.sets[0]._replace(atlas=of_maple)]).index["notices"]
     assert "made with another model" in notice

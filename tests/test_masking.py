@@ -60,8 +60,8 @@ def run(root: Path, atlas: xr.Dataset, config: MaskingConfig = CONFIG, **options
     backbone = options.pop("backbone", None) or tiny_backbone()
     text = zero_shot_weights(backbone, scenes().classnames, "a picture of a {}")
     args = options.pop("images", scenes()), options.pop("text", text), options.pop("atlas", atlas)
-    return sweep(tiny_sae(), backbone, *args, config, root, options.pop("sae_hash", "tiny"), batch_size=8,
-                 progress=False, **options)  # fmt: skip
+    sae, sae_hash = options.pop("sae", None) or tiny_sae(), options.pop("sae_hash", "tiny")
+    return sweep(sae, backbone, *args, config, root, sae_hash, batch_size=8, progress=False, **options)
 
 
 @torch.no_grad()
@@ -279,6 +279,9 @@ def test_what_does_not_belong_together_is_refused_before_any_work(tmp_path, atla
             run(tmp_path, options.pop("atlas", atlas), options.pop("config", CONFIG), **options)
 
     refused("was made with the SAE tiny, not other", sae_hash="other")
+    trained_on = tiny_sae()
+    trained_on.b_enc.data[3] += 1e-6
+    refused("was made with other weights of tiny", sae=trained_on)
     refused("describes block 1, not 2", backbone=tiny_backbone().at_block(2))
     torch.manual_seed(5)
     other = tiny_backbone()

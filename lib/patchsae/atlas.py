@@ -28,7 +28,7 @@ from .sparse import latent_lists
 from .stage import Stage
 
 ATLAS = "atlas.zarr"
-FORMAT = 2  # of the dataset; an atlas of another format is made again
+FORMAT = 3  # of the dataset; an atlas of another format is made again
 SAVE_SHARE = 0.03  # of the time may go into saving what a killed pass would lose
 CHUNK = 4096  # latents per piece on disk
 
@@ -88,7 +88,7 @@ def make_atlas(
 
     Parameters
     ----------
-    sae_hash : names the SAE in the manifest, so that an atlas is never used with another one
+    sae_hash : names the SAE in manifest and messages; what makes it another one is its weights' hash
     workers : processes that decode images; 0 decodes here
 
     Raises
@@ -103,6 +103,7 @@ def make_atlas(
         "images": images.fingerprint(),
         "backbone": backbone.fingerprint(),
         "sae": sae_hash,
+        "weights": sae.fingerprint(),
         "config": config,
     }
     stage, ranks = Stage.open(root, f"atlas-{images.name}", inputs), join(backbone.device)
@@ -272,7 +273,7 @@ class _Pass:
             _check_counts(sums.class_images, self.images, self.config, unread)
         atlas = to_dataset(sums, self.images.classnames, self.kinds)
         # so that whoever is handed the dataset alone can tell what it describes
-        atlas.attrs |= {name: self.stage.inputs[name] for name in ("sae", "backbone")}
+        atlas.attrs |= {name: self.stage.inputs[name] for name in ("sae", "weights", "backbone")}
         atlas.attrs["image_set"] = self.stage.inputs["images"]
         atlas.attrs |= {"name": self.images.name, "block": self.backbone.block}
         encoding = {

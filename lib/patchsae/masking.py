@@ -178,7 +178,7 @@ def sweep(
     PatchSAEError : the atlas is of another SAE, backbone, block or set of classes; a class has no image in
         it; a size exceeds the latents; a label is outside the classes; a saved chunk is damaged.
     """
-    check_atlas(atlas, sae_hash, atlas_backbone or backbone, images.classnames)
+    check_atlas(atlas, sae, sae_hash, atlas_backbone or backbone, images.classnames)
     if len(text) != len(images.classnames):
         raise PatchSAEError(
             f"text has {len(text)} vectors, but '{images.name}' has {len(images.classnames)} classes; "
@@ -194,6 +194,7 @@ def sweep(
         "images": images.fingerprint(),
         "backbone": backbone.fingerprint(),
         "sae": sae_hash,
+        "weights": sae.fingerprint(),
         "text": text_digest(text),
         "rankings": {ranking.name: ranking.digest for ranking in ranked},
         "sizes": masker.sizes,

@@ -11,6 +11,7 @@ import xarray as xr
 
 from .backbone import Backbone
 from .errors import PatchSAEError
+from .sae import SAE
 
 CLASS, PREDICTED, DATASET, RANDOM = "class (oracle)", "class (predicted)", "dataset", "random {}"
 
@@ -52,11 +53,15 @@ def rankings(atlas: xr.Dataset, random: int = 5, seed: int = 0) -> list[Ranking]
     return [Ranking(name, order, digests[id(order)]) for name, order in named.items()]
 
 
-def check_atlas(atlas: xr.Dataset, sae_hash: str, backbone: Backbone, classnames: Sequence[str]) -> None:
+def check_atlas(
+    atlas: xr.Dataset, sae: SAE, sae_hash: str, backbone: Backbone, classnames: Sequence[str]
+) -> None:
     """Refuse an atlas of another SAE, backbone or block, or with other classes."""
     about = f"the atlas of '{atlas.attrs.get('name')}'"
     if (found := atlas.attrs.get("sae")) != sae_hash:
         raise PatchSAEError(f"{about} was made with the SAE {found}, not {sae_hash}; make it again.")
+    if atlas.attrs.get("weights") != sae.fingerprint():
+        raise PatchSAEError(f"{about} was made with other weights of {sae_hash}; make it again.")
     if (found := atlas.attrs.get("block")) != backbone.block:
         raise PatchSAEError(f"{about} describes block {found}, not {backbone.block}; make it again.")
     if atlas.attrs.get("backbone") != backbone.fingerprint():

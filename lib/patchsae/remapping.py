@@ -225,6 +225,7 @@ def mix_models(
         "images": images.fingerprint(),
         "models": [plain.fingerprint(), adapted.fingerprint()],
         "sae": sae_hash,
+        "weights": sae.fingerprint(),
         "texts": [text_digest(text) for text in texts],
     }
     stage = Stage.open(root, f"mixed-{images.name.replace('/', '-')}", inputs)

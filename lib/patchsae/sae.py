@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
@@ -266,6 +267,14 @@ class SAE(nn.Module):
     def normalise_decoder(self) -> None:
         """Scale every decoder row to unit length."""
         self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+
+    def fingerprint(self) -> str:
+        """Return a sha256 over weights and configuration, independent of device and machine."""
+        content = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        for name, weights in sorted(self.state_dict().items()):
+            content.update(name.encode())
+            content.update(weights.float().cpu().contiguous().numpy())
+        return content.hexdigest()
 
     def save(self, folder: str | Path) -> Path:
         """Write weights (safetensors) and configuration (json) into `folder`, each atomically."""

@@ -93,12 +93,13 @@ def write_blocks(
     config, clip = config or ExplorerConfig(), _checked(models)
     if not sum(len(images) for _, images in gallery):
         raise PatchSAEError("the explorer's gallery has no image; give at least one image set.")
-    notices = [misfit(one.atlas, sae_hash, clip, one.images) for one in sets]
+    notices = [misfit(one.atlas, sae, sae_hash, clip, one.images) for one in sets]
     fitting = [one for one, notice in zip(sets, notices, strict=True) if not notice]
     general = sets[0].atlas if sets and not notices[0] else None
     inputs = {
         "format": FORMAT,
         "sae": sae_hash,
+        "weights": sae.fingerprint(),
         "models": [[model.title, model.backbone.fingerprint()] for model in models],
         "gallery": [[title, images.fingerprint()] for title, images in gallery],
         "sets": [[one.title, atlas_digest(one.atlas), one.images.fingerprint()] for one in sets],
@@ -118,6 +119,7 @@ def write_blocks(
             "format": FORMAT,
             "folder": stage.path.name,
             "sae": sae_hash,
+            "weights": sae.fingerprint(),
             "latents": sae.d_sae,
             "grid": list(clip.grid),
             "size": clip.image_size,

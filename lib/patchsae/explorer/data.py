@@ -188,13 +188,15 @@ def references(atlas: xr.Dataset, k: int) -> References:
     return References(index, atlas.top_value.values[:k], atlas.top_label.values[:k], images)
 
 
-def misfit(atlas: xr.Dataset, sae_hash: str, backbone: Backbone, images: ImageSet | None) -> str:
+def misfit(atlas: xr.Dataset, sae: SAE, sae_hash: str, backbone: Backbone, images: ImageSet | None) -> str:
     """Say in one sentence why an atlas does not describe this SAE on this model, or nothing."""
     name, of = atlas.attrs.get("name", "?"), atlas.attrs.get("sae", "?")
     if of != sae_hash:
         return (
             f"The atlas of '{name}' describes {of}, not {sae_hash}, and is left out: make it with this SAE."
         )
+    if atlas.attrs.get("weights") != sae.fingerprint():
+        return f"The atlas of '{name}' describes other weights of {of} and is left out: make it again."
     if atlas.attrs.get("backbone") != backbone.fingerprint():
         return f"The atlas of '{name}' was made with another model and is left out: use {backbone.name}."
     if images is not None and atlas.attrs.get("image_set") != images.fingerprint():

@@ -65,10 +65,10 @@ class Explorer(anywidget.AnyWidget):
         self.on_msg(self._answer)
 
     def _misfit(self, index: dict[str, Any], sae_hash: str) -> str:
-        if sae_hash != index["sae"]:
+        if sae_hash != index["sae"] or self.sae.fingerprint() != index["weights"]:
             return (
-                f"These pages describe {index['sae']}, not {sae_hash}: only the gallery can be picked; "
-                f"make the blocks with this SAE to open other images."
+                f"These pages describe {index['sae']}, not the {sae_hash or 'SAE'} given: only the gallery "
+                f"can be picked; make the blocks with this SAE to open other images."
             )
         given = [[model.title, model.backbone.fingerprint()] for model in self.models]
         if given != [list(pair) for pair in zip(index["models"], index["backbones"], strict=True)]:
