@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import save_file
 from tiny import CONFIG, tiny_backbone
 
-from patchsae.ablation import ALL_TOKENS, DESIGNS, Design, Row, Sweep, run_row, run_rows
+from patchsae.ablation import ALL_TOKENS, DESIGNS, Design, Row, Sweep, run_rows
 from patchsae.activations import Tokens
 from patchsae.backbone import zero_shot_weights
 from patchsae.errors import PatchSAEError
@@ -121,6 +121,10 @@ def test_a_row_equals_what_the_evaluation_says_of_its_sae(ran, images, name):
     shares = (zero_shot(backbone, test, text, edits, progress=None).predictions == test.labels).mean(1)
     assert (row.accuracy, row.accuracy_sae) == pytest.approx(shares, abs=0.051)  # one image may tip over
     assert np.isnan(row.recovered) or row.recovered_low <= row.recovered <= row.recovered_high
+
+
+def run_row(design, sweep, train, test, root) -> Row:
+    return run_rows({"": design}, sweep, {design.tokens: train}, test, root, progress=False)[""]
 
 
 def test_a_finished_row_is_read_without_its_sae_images_or_cache(ran, images, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_prompts import learned, make
 
-from patchsae import remapping
+from patchsae import masking
 from patchsae.backbone import zero_shot_logits, zero_shot_weights
 from patchsae.embedded import SINGLE, SceneSet
 from patchsae.errors import PatchSAEError
@@ -212,7 +212,7 @@ def test_pure_mixtures_are_the_models_and_mixed_ones_take_each_part_from_one(mod
 
 
 def test_a_killed_run_of_mixtures_goes_on_at_the_first_chunk_that_is_missing(models, tmp_path, monkeypatch):
-    monkeypatch.setattr(remapping, "CHUNK_IMAGES", 8)
+    monkeypatch.setattr(masking, "CHUNK_IMAGES", 8)
     plain, adapted = models[0], models[1]["maple"]
     images = SceneSet("mixed", "test", range(0, 20, 2), (0, 1), 3, SINGLE)
     texts = [zero_shot_weights(model.plain if model is adapted else model, images.classnames, "a {}.")

@@ -222,11 +222,6 @@ def run_rows(
     return {name: _read(stage) for name, stage in stages.items()}
 
 
-def run_row(design: Design, sweep: Sweep, train: ImageSet, test: ImageSet, root: str | Path) -> Row:
-    """Train and measure one row here, or read it if `root` holds it."""
-    return run_rows({"": design}, sweep, {design.tokens: train}, test, root, progress=False)[""]
-
-
 @lru_cache(maxsize=2)
 def _model(name: str, model: str, pretrained: str, device: str) -> Backbone:
     return scale(name).backbone(model, pretrained, block=1, device=device)

@@ -36,7 +36,7 @@ from .tail import Tail
 
 PAPER_SIZES = (1, 2, 5, 10, 50, 100, 500, 1000, 2000)  # and all latents
 RESULT = "masking.zarr"
-CHUNK_IMAGES = 64  # images that a killed sweep loses at most
+CHUNK_IMAGES = 64
 TILE_BYTES = 8e6  # of rebuilt tokens held at a time by a thread, where one ranking needs no more
 
 
@@ -213,33 +213,44 @@ def sweep(
     return xr.open_zarr(stage.path / RESULT, consolidated=False).load()
 
 
-def _starts(images: ImageSet) -> range:
-    return range(0, len(images), CHUNK_IMAGES)
+def chunks(images: ImageSet, stage: Stage) -> dict[Path, np.ndarray]:
+    """Cut a set into what a killed run loses at most: files in the stage's folder to image indices."""
+    return {
+        stage.path / f"chunk-{start:08d}.safetensors": np.arange(
+            start, min(start + CHUNK_IMAGES, len(images))
+        )
+        for start in range(0, len(images), CHUNK_IMAGES)
+    }
 
 
-def _chunk(stage: Stage, start: int) -> Path:
-    return stage.path / f"chunk-{start:08d}.safetensors"
+def read_chunk(path: Path, of: str) -> dict[str, np.ndarray]:
+    """Read the arrays of a chunk; raises PatchSAEError, which calls the whole `of`, if it is damaged."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise PatchSAEError(
+            f"'{path}' holds no part of {of} ({error}); delete it and run again."
+        ) from error
 
 
 def _run(
     masker: Masker, images: ImageSet, stage: Stage, ranks: Ranks, batch_size: int, progress: bool
 ) -> None:
     """Write this process's share of the chunks that are not there yet."""
-    missing = [start for start in _starts(images) if not _chunk(stage, start).exists()]
+    missing = [(path, indices) for path, indices in chunks(images, stage).items() if not path.exists()]
     ranks.wait()  # nobody writes before all have looked
     bar = progress_bar(
         total=len(images), initial=max(0, len(images) - len(missing) * CHUNK_IMAGES),
         desc=f"masks on {images.name}", unit="image", shown=progress and ranks.first,
     )  # fmt: skip
     with bar:
-        for start in missing[ranks.rank :: ranks.world]:
-            indices = np.arange(start, min(start + CHUNK_IMAGES, len(images)))
+        for path, indices in missing[ranks.rank :: ranks.world]:
             parts = []
             for first in range(0, len(indices), batch_size):
                 batch = images.load(indices[first : first + batch_size])
                 parts.append(_judge(*masker.logits(batch.images, batch.labels), batch.labels))
             arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-            write_atomic(_chunk(stage, start), lambda path, arrays=arrays: save_file(arrays, path))
+            write_atomic(path, lambda temporary, arrays=arrays: save_file(arrays, temporary))
             bar.update(len(indices) * ranks.world)
 
 
@@ -258,14 +269,8 @@ def _judge(plain: Tensor, masked: Tensor, labels: Tensor) -> dict[str, np.ndarra
 
 
 def _finish(masker: Masker, images: ImageSet, atlas: xr.Dataset, stage: Stage) -> None:
-    paths, parts = [_chunk(stage, start) for start in _starts(images)], []
-    for path in paths:
-        try:
-            parts.append(load_file(path))
-        except SafetensorError as error:
-            raise PatchSAEError(
-                f"'{path}' holds no part of this sweep ({error}); delete it and run again."
-            ) from error
+    paths = list(chunks(images, stage))
+    parts = [read_chunk(path, "this sweep") for path in paths]
     dims = ("image", "ranking", "switch", "k")
     units = {"prediction": "class number", "rank": "classes before the true one", "cross_entropy": "nat"}
     data = {"label": ("image", images.labels, {"units": "class number"})}

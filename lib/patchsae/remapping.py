@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import xarray as xr
-from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from scipy.stats import binomtest
 from torch import Tensor
@@ -23,13 +22,13 @@ from .backbone import Backbone, zero_shot_logits
 from .errors import PatchSAEError
 from .evaluation import Interval, bootstrap_ratio, label_rank, text_digest
 from .images import ImageSet
+from .masking import chunks, read_chunk
 from .progress import progress_bar
 from .sae import SAE
 from .stage import Stage, write_atomic
 from .tail import Tail
 
 UPPER, LOWER = 50, 100  # ranks that bound 'high' and 'low' (paper §4.2.1)
-CHUNK_IMAGES = 64  # images that a killed run of mixtures loses at most
 
 
 class Reading(StrEnum):
@@ -233,12 +232,13 @@ def mix_models(
     if not stage.done:
         with stage.alone():
             if not stage.done:  # another process may have finished it meanwhile
-                chunks = list(_mix(sae, (plain, adapted), images, texts, batch_size, progress, stage))
-                ranks = np.concatenate([_read_chunk(chunk) for chunk in chunks], -1)
+                paths = list(_mix(sae, (plain, adapted), images, texts, batch_size, progress, stage))
+                parts = [read_chunk(part, "these mixtures")["rank"] for part in paths]
+                ranks = np.concatenate(parts, -1)
                 write_atomic(path, lambda temporary: save_file({"rank": ranks}, temporary))
                 stage.finish(images=len(images))
-                for chunk in chunks:
-                    chunk.unlink()
+                for part in paths:
+                    part.unlink()
     ranks = load_file(path)["rank"]  # [tokens or latents, mixture, N]
     return Mixed(*(dict(zip(PARTS, rows, strict=True)) for rows in ranks))
 
@@ -253,23 +253,13 @@ def _mix(
     stage: Stage,
 ) -> Iterator[Path]:
     """Yield the file of each chunk of images, made where it is not there."""
-    starts = range(0, len(images), CHUNK_IMAGES)
-    for start in progress_bar(starts, desc=f"mixing models on {images.name}", unit="chunk", shown=progress):
-        path = stage.path / f"chunk-{start:08d}.safetensors"
+    parts = list(chunks(images, stage).items())
+    bar = progress_bar(parts, desc=f"mixing models on {images.name}", unit="chunk", shown=progress)
+    for path, indices in bar:
         if not path.exists():
-            indices = np.arange(start, min(start + CHUNK_IMAGES, len(images)))
             ranks = _mixed_ranks(sae, models, images, indices, texts, batch_size)
             write_atomic(path, lambda temporary, ranks=ranks: save_file({"rank": ranks}, temporary))
         yield path
-
-
-def _read_chunk(path: Path) -> np.ndarray:
-    try:
-        return load_file(path)["rank"]
-    except (SafetensorError, KeyError) as error:
-        raise PatchSAEError(
-            f"'{path}' holds no part of these mixtures ({error}); delete it and run again."
-        ) from error
 
 
 @torch.no_grad()
