@@ -1,5 +1,6 @@
 """The embedded image sets: determinism, splits, masks, what is held out, captions, eleven data sets."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from patchsae.pictograms import (
     SILHOUETTE,
     SLOTS,
     STYLE_WORDS,
+    TINTS,
     WORD,
     SceneConfig,
     Scenes,
@@ -59,7 +61,7 @@ def within(count: int, n: int, p: float, sigmas: float = 4.5) -> bool:
 def white_page(monkeypatch):
     """Put scenes on white paper instead of a background."""
 
-    def page(key, ground, split, size, device):
+    def page(ground, split, size, device):
         return torch.full((len(ground), 3, size, size), 255.0, device=device)
 
     monkeypatch.setattr(pictograms, "_background", page)
@@ -155,7 +157,7 @@ def test_mask_is_where_the_scene_differs_from_its_background():
     indices = np.arange(48)
     scenes = render("train", "masks", indices, SINGLE)
     ground = layout("train/masks", indices, SINGLE).ground
-    page = pictograms._background("train/masks", ground, "train", SINGLE.size, "cpu")
+    page = pictograms._background(ground, "train", SINGLE.size, "cpu")
     changed = ((scenes.images.float() - page).abs() > 1).any(1)
     inside = scenes.masks > 0
     assert changed[inside].float().mean() > 0.97
@@ -264,7 +266,7 @@ def described(config: SceneConfig, n: int = 6000) -> tuple[Scenes, list[str]]:
     indices = np.arange(n)
     plan = layout("train/0", indices, config)
     word = np.where(plan.word >= 0, np.array(written_words())[plan.word], -1)
-    scenes = Scenes(torch.empty(0), torch.empty(0), plan.concepts, plan.styles, word)
+    scenes = Scenes(torch.empty(0), torch.empty(0), plan.concepts, plan.styles, word, plan.tint)
     return scenes, captions("train/0", indices, scenes)
 
 
@@ -640,3 +642,28 @@ def test_the_catalogue_module_writes_what_is_committed(tmp_path, monkeypatch):
     catalogue.write(tmp_path / "concepts.json")
     committed = sprites.Path(catalogue.__file__).parent / "data" / "concepts.json"
     assert (tmp_path / "concepts.json").read_text("utf-8") == committed.read_text("utf-8")
+
+
+def test_a_tinted_object_has_shades_of_its_colour_and_its_caption_says_so():
+    plain = SceneConfig(objects=(1.0,), word_rate=0.0)
+    indices = np.arange(64)
+    before = render("train", 0, indices, plain)
+    after = render("train", 0, indices, dataclasses.replace(plain, tint=1.0))
+    assert (before.tints == -1).all() and (after.tints[:, 0] >= 0).all()
+    assert np.array_equal(before.masks, after.masks)
+    outside = (before.masks == 0)[:, None].expand_as(before.images)
+    # pixels of the edge are half covered
+    assert (before.images == after.images)[outside].float().mean() > 0.95
+    mean = [
+        after.images[i].float().permute(1, 2, 0)[after.masks[i] == 1].mean(0).numpy() for i in indices
+    ]
+    red, blue = (list(TINTS).index(name) for name in ("red", "blue"))
+    # a thin object lets its background through at every edge
+    for tint, channel in ((red, 0), (blue, 2)):
+        largest = [int(np.argmax(mean[i])) for i in indices if after.tints[i, 0] == tint]
+        assert np.mean(np.array(largest) == channel) > 0.8
+    named = [
+        tuple(TINTS)[t] in text
+        for t, text in zip(after.tints[:, 0], captions("k", indices, after), strict=True)
+    ]
+    assert 0.4 < np.mean(named) < 0.95

@@ -20,7 +20,7 @@ from .pictograms import SILHOUETTE, STYLE_WORDS, SceneConfig, Scenes, render, un
 from .sprites import PHOTOS, STYLES, packages
 
 SINGLE = SceneConfig(objects=(1.0,), word_rate=0.0)
-CLUTTERED = SceneConfig(objects=(0.6, 0.2, 0.12, 0.08))
+CLUTTERED = SceneConfig(objects=(0.6, 0.2, 0.12, 0.08), tint=0.2)
 
 
 class SceneSet(ImageSet):

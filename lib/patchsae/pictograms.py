@@ -26,6 +26,15 @@ WORD = SLOTS  # the mask value of a written word is WORD + 1
 SPLITS = ("train", "test")
 STYLE_WORDS = ("flat picture", "glossy picture", "line drawing", "black silhouette")
 SILHOUETTE = len(STYLES)  # a fourth look, made from Twemoji's outline and never trained on
+# a tinted object keeps its light and dark in shades of one colour; share of red, green, blue
+TINTS = {
+    "red": (1.0, 0.25, 0.2),
+    "yellow": (1.0, 0.85, 0.15),
+    "green": (0.25, 0.8, 0.3),
+    "blue": (0.25, 0.45, 1.0),
+    "purple": (0.7, 0.3, 0.85),
+    "grey": (0.7, 0.7, 0.7),
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,8 @@ class SceneConfig:
     """Largest rotation either way, degrees."""
     word_rate: float = 0.12
     """Share of scenes that carry a written concept name."""
+    tint: float = 0.0
+    """Share of objects that are drawn in shades of one colour of TINTS."""
 
 
 class Scenes(NamedTuple):
@@ -56,6 +67,7 @@ class Scenes(NamedTuple):
     concepts: np.ndarray  # [B, SLOTS] int64, -1 where there is no object; slot 0 is the label
     styles: np.ndarray  # [B, SLOTS] int64
     word: np.ndarray  # [B] int64, the concept whose name is written, or -1
+    tints: np.ndarray  # [B, SLOTS] int64, position in TINTS, -1 for the drawing's own colours
 
 
 def uniforms(key: str, indices: np.ndarray, n: int) -> np.ndarray:
@@ -154,7 +166,9 @@ def _pick(u: np.ndarray, weights: Sequence[float]) -> np.ndarray:
     return np.minimum(np.searchsorted(edges, u, side="right"), len(weights) - 1)
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
+    """What stands where in a batch of scenes; replace a field to change one factor of them."""
+
     concepts: np.ndarray  # [B, SLOTS]
     styles: np.ndarray  # [B, SLOTS]
     word: np.ndarray  # [B] position in written_words(), or -1
@@ -164,6 +178,7 @@ class _Layout(NamedTuple):
     flip: np.ndarray  # [B, SLOTS + 1] +1 or -1
     gain: np.ndarray  # [B, SLOTS + 1] brightness
     ground: np.ndarray  # [B, 16] uniforms for the background
+    tint: np.ndarray  # [B, SLOTS] position in TINTS, or -1
 
 
 def layout(
@@ -171,7 +186,7 @@ def layout(
     indices: np.ndarray,
     config: SceneConfig,
     fixed: tuple[np.ndarray, np.ndarray] | None = None,
-) -> _Layout:
+) -> Layout:
     """Decide what stands where; `fixed` = (concept [B], style [B]) decides the first object."""
     indices = np.asarray(indices, dtype=np.int64)
     n, per = len(indices), 10
@@ -220,7 +235,12 @@ def layout(
     # near the upper or lower edge, where it hides little of the object it may name
     side = np.where(objects[:, WORD, 8] < 0.5, 1.0, -1.0)
     centre[:, WORD, 1] = side * (0.55 + 0.3 * objects[:, WORD, 4])
-    return _Layout(chosen, style, written, centre, scale, angle, flip, gain, rest[:, 8:24])
+    tint = np.full((n, SLOTS), -1)
+    if config.tint:
+        # one number says both whether and which
+        share = objects[:, :SLOTS, 9] / config.tint
+        tint = np.where((share < 1) & (chosen >= 0), (share * len(TINTS)).astype(np.int64), -1)
+    return Layout(chosen, style, written, centre, scale, angle, flip, gain, rest[:, 8:24], tint)
 
 
 def _affine(centre: np.ndarray, scale: np.ndarray, angle: np.ndarray, flip: np.ndarray) -> torch.Tensor:
@@ -251,7 +271,18 @@ def _sample(
     return out
 
 
-def _background(key: str, g: np.ndarray, split: str, size: int, device) -> torch.Tensor:
+def _colour(drawn: torch.Tensor, tint: np.ndarray) -> None:
+    """Give premultiplied drawings [B, 4, S, S] shades of one colour each, in place; -1 leaves them."""
+    here = np.flatnonzero(tint >= 0)
+    if len(here):
+        rows = torch.from_numpy(here).to(drawn.device)
+        colours = drawn.new_tensor(list(TINTS.values()))[torch.from_numpy(tint[here]).to(drawn.device)]
+        weights = drawn.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+        light = (drawn[rows, :3] * weights).sum(1, keepdim=True)
+        drawn[rows, :3] = light * colours[:, :, None, None]
+
+
+def _background(g: np.ndarray, split: str, size: int, device) -> torch.Tensor:
     """Draw photo, gradient, flat and noise backgrounds: float32 [B, 3, S, S] in 0..255."""
     n, source = len(g), textures(split, device)
     kind = _pick(g[:, 0], (0.45, 0.2, 0.15, 0.2))
@@ -312,9 +343,14 @@ def render(
     config = config or SceneConfig()
     indices = np.asarray(indices, dtype=np.int64)
     key = f"{split}/{seed}"
-    plan = layout(key, indices, config, fixed)
-    n, size, source = len(indices), config.size, textures(split, device)
-    canvas = _background(key, plan.ground, split, size, device)
+    return paint(layout(key, indices, config, fixed), split, config.size, device)
+
+
+@torch.no_grad()
+def paint(plan: Layout, split: str, size: int, device: str | torch.device = "cpu") -> Scenes:
+    """Draw what a plan says, with the split's photos and textures."""
+    n, source = len(plan.concepts), textures(split, device)
+    canvas = _background(plan.ground, split, size, device)
     masks = torch.zeros(n, size, size, dtype=torch.uint8, device=device)
     per_style = len(concepts())
     # slot 0 is the label and is drawn over its neighbours; a written word over everything
@@ -333,11 +369,13 @@ def render(
         drawn = _sample(source.levels, torch.from_numpy(which).to(device), theta, pixels, size)
         gain = torch.from_numpy(plan.gain[here, slot].astype(np.float32)).view(-1, 1, 1, 1).to(device)
         rows, alpha = torch.from_numpy(here).to(device), drawn[:, 3:] / 255
+        if slot != WORD:
+            _colour(drawn, plan.tint[here, slot])
         canvas[rows] = canvas[rows] * (1 - alpha) + drawn[:, :3] * gain
         masks[rows] = masks[rows].masked_fill(alpha[:, 0] >= 0.5, slot + 1)
     word = np.array([written_words()[i] if i >= 0 else -1 for i in plan.word], dtype=np.int64)
     images = canvas.round().clamp(0, 255).byte()
-    return Scenes(images, masks, plan.concepts, plan.styles, word)
+    return Scenes(images, masks, plan.concepts, plan.styles, word, plan.tint)
 
 
 def captions(key: str, indices: np.ndarray, scenes: Scenes) -> list[str]:
@@ -350,22 +388,25 @@ def captions(key: str, indices: np.ndarray, scenes: Scenes) -> list[str]:
     names = [concept.name for concept in concepts()]
     subgroups = [concept.subgroup.replace("-", " ") for concept in concepts()]
     texts = []
-    for row, (form, main_only, word_named, _) in enumerate(u):
+    for row, (form, main_only, word_named, tint_named) in enumerate(u):
+        colours = [
+            f"{tuple(TINTS)[t]} " if t >= 0 and tint_named < 0.7 else "" for t in scenes.tints[row]
+        ]
         shown = [
-            (int(c), int(s))
-            for c, s in zip(scenes.concepts[row], scenes.styles[row], strict=True)
+            (int(c), int(s), colour)
+            for c, s, colour in zip(scenes.concepts[row], scenes.styles[row], colours, strict=True)
             if c >= 0
         ]
         if main_only < 0.1:
             shown = shown[:1]
         if form < 0.45:
-            text = " and ".join(f"a {STYLE_WORDS[s]} of a {names[c]}" for c, s in shown)
+            text = " and ".join(f"a {STYLE_WORDS[s]} of a {t}{names[c]}" for c, s, t in shown)
         elif form < 0.65:
-            text = "a picture of " + " and ".join(f"a {names[c]}" for c, _ in shown)
+            text = "a picture of " + " and ".join(f"a {t}{names[c]}" for c, _, t in shown)
         elif form < 0.9:
-            text = ", ".join(names[c] for c, _ in shown)
+            text = ", ".join(f"{t}{names[c]}" for c, _, t in shown)
         else:
-            text = ", ".join(f"{subgroups[c]}: {names[c]}" for c, _ in shown[:2])
+            text = ", ".join(f"{subgroups[c]}: {t}{names[c]}" for c, _, t in shown[:2])
         if scenes.word[row] >= 0 and word_named < 0.8:
             text += f' with the word "{names[scenes.word[row]]}"'
         texts.append(text)
