@@ -654,9 +654,7 @@ def test_a_tinted_object_has_shades_of_its_colour_and_its_caption_says_so():
     outside = (before.masks == 0)[:, None].expand_as(before.images)
     # pixels of the edge are half covered
     assert (before.images == after.images)[outside].float().mean() > 0.95
-    mean = [
-        after.images[i].float().permute(1, 2, 0)[after.masks[i] == 1].mean(0).numpy() for i in indices
-    ]
+    mean = [after.images[i].float().permute(1, 2, 0)[after.masks[i] == 1].mean(0).numpy() for i in indices]
     red, blue = (list(TINTS).index(name) for name in ("red", "blue"))
     # a thin object lets its background through at every edge
     for tint, channel in ((red, 0), (blue, 2)):

@@ -389,9 +389,7 @@ def captions(key: str, indices: np.ndarray, scenes: Scenes) -> list[str]:
     subgroups = [concept.subgroup.replace("-", " ") for concept in concepts()]
     texts = []
     for row, (form, main_only, word_named, tint_named) in enumerate(u):
-        colours = [
-            f"{tuple(TINTS)[t]} " if t >= 0 and tint_named < 0.7 else "" for t in scenes.tints[row]
-        ]
+        colours = [f"{tuple(TINTS)[t]} " if t >= 0 and tint_named < 0.7 else "" for t in scenes.tints[row]]
         shown = [
             (int(c), int(s), colour)
             for c, s, colour in zip(scenes.concepts[row], scenes.styles[row], colours, strict=True)
