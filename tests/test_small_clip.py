@@ -29,7 +29,7 @@ def test_training_forwards_equal_open_clip(model):
     images = torch.randn(3, 3, 112, 112)
     tokens = tokenizer(["a cat", "a flat picture of a hedgehog and a dog", "x", "ring, key", "egg"])
     with torch.no_grad():
-        torch.testing.assert_close(training.image_tower(clip, images), clip.encode_image(images))
+        torch.testing.assert_close(training.image_tower(clip, images).embedding, clip.encode_image(images))
         torch.testing.assert_close(training.text_tower(clip, tokens), clip.encode_text(tokens))
 
 
@@ -105,7 +105,41 @@ def test_phases_and_rates():
     assert training.phase_at(phases, total - 1) is phases[-1]
     assert training.phase_at(phases, total) is None
     assert training.progress_at(phases, 0) == 0 and training.progress_at(phases, total) == pytest.approx(1)
-    assert training.rate_at(TINY, 0.2) == 1 and training.rate_at(TINY, 1.0) == 0
+    first = sum(phase.images for phase in phases[:-1])
+    recipe = training.Recipe(phases=phases)
+    # two cycles: the last phase begins anew
+    assert training.rate_at(recipe, first // 4) == 1
+    assert training.rate_at(recipe, first - 1) < 1e-3
+    assert training.rate_at(recipe, first + phases[-1].images // 4) == phases[-1].restart
+    assert training.rate_at(recipe, total) == 0
+
+
+def test_a_mosaic_has_its_patches_tile_by_tile():
+    tiles = torch.arange(8)[:, None, None, None].expand(8, 3, 56, 56)
+    pictures = training.mosaic(tiles)
+    assert pictures.shape == (2, 3, 112, 112)
+    every = torch.arange(49).expand(2, 4, -1)
+    where = training.mosaic_patches(every, 7)
+    assert torch.equal(where.sort(1).values, torch.arange(196).expand(2, -1))
+    shown = pictures[:, 0, ::8, ::8].flatten(1).gather(1, where)
+    assert torch.equal(shown.view(2, 4, 49), torch.arange(8).view(2, 4, 1).expand(-1, -1, 49))
+
+
+def test_the_loss_of_patches_falls_when_they_say_what_the_caption_says():
+    names, nothing = torch.eye(4)[:3], torch.eye(4)[3]
+    shown = torch.tensor([[0, -1, -1, -1], [1, 2, -1, -1]])
+    right = torch.full((2, 50), 3)
+    right[0, :8], right[1, :6], right[1, 6:12] = 0, 1, 2
+    absent, mute, everywhere = right.clone(), torch.full((2, 50), 3), right.clone()
+    absent[0, 20] = 2
+    everywhere[0] = 0
+
+    def loss(said):
+        return training.patch_loss(10 * torch.eye(4)[said], names, nothing, shown).item()
+
+    assert loss(right) < 0.01
+    for wrong in (absent, mute, everywhere):
+        assert loss(wrong) > loss(right) + 0.05
 
 
 def test_folder_is_open_clips_own_layout():

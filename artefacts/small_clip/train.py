@@ -13,10 +13,12 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +40,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from evaluate import accuracy, summary
 
 HERE = Path(__file__).parent
+SPEAKING = 11  # block after which patches are read, where the book's autoencoders stand
+SAYING, SILENT = 0.12, 0.3  # guessed shares of patches that show one object alone, and that show none
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,31 @@ class Phase:
     """Probability of 1, 2, 3, 4 objects in a scene."""
     scale: tuple[float, float] = SceneConfig.scale
     """Side of a single object as a share of the image; above 1 it is cropped."""
+    tint: float = 0.0
+    """Share of objects drawn in shades of one colour, which their captions may name."""
+    batch: int | None = None
+    """Images per step, if not the recipe's."""
+    mosaics: int = 0
+    """Images per step that are put together from four scenes of half their side, for the patches alone."""
+    mosaic_keep: float = 0.6
+    """Share of a mosaic's patches that are not dropped."""
+    mosaic_scale: tuple[float, float] = (0.55, 1.2)
+    """Side of a single object as a share of its quarter of the mosaic."""
+    patches: tuple[float, float] = (0.0, 0.0)
+    """Weight of the loss that makes patches speak: of whole scenes, of mosaics."""
+    restart: float | None = None
+    """Step size that a new cycle begins with here, in units of the recipe's; None goes on as before."""
+    decay_from: float = 0.4
+    """Share of that cycle after which the step size falls linearly to 0."""
 
 
 # At 56 px a patch covers twice the share of an object that it covers at 112 px; objects that are partly
 # outside show the patches what they will see later.
 ZOOMED = (0.5, 1.5)
 EASY, MIXED, HARD = (0.85, 0.15, 0.0, 0.0), (0.6, 0.2, 0.12, 0.08), (0.45, 0.25, 0.18, 0.12)
+SPEAK = Phase(
+    80_000, 112, 0.5, MIXED, tint=0.2, batch=64, mosaics=32, patches=(0.5, 1.0), restart=0.8
+)  # fmt: skip
 RECIPES = {
     "cpu": (
         Phase(160_000, 56, 1.0, EASY),
@@ -67,14 +90,19 @@ RECIPES = {
         Phase(135_000, 56, 1.0, MIXED, ZOOMED),
         Phase(30_000, 112, 0.5, MIXED),
         Phase(30_000, 112, 0.5, HARD),
+        SPEAK,
     ),
     "gpu": (
-        Phase(1_000_000, 56, 1.0, EASY),
-        Phase(5_000_000, 56, 1.0, MIXED, ZOOMED),
-        Phase(3_000_000, 112, 0.5, HARD),
-        Phase(1_000_000, 112, 1.0, HARD),
+        Phase(1_000_000, 56, 1.0, EASY, tint=0.2),
+        Phase(5_000_000, 56, 1.0, MIXED, ZOOMED, tint=0.2),
+        Phase(2_000_000, 112, 0.5, HARD, tint=0.2),
+        replace(SPEAK, images=2_000_000, batch=256, mosaics=128),
     ),
-    "tiny": (Phase(256, 56, 1.0, EASY), Phase(128, 112, 0.5, HARD)),
+    "tiny": (
+        Phase(256, 56, 1.0, EASY),
+        Phase(128, 112, 0.5, HARD),
+        replace(SPEAK, images=64, batch=32, mosaics=8),
+    ),
 }
 
 
@@ -131,14 +159,21 @@ def attend(attention: nn.MultiheadAttention, x: torch.Tensor, mask: torch.Tensor
     return F.linear(mixed, attention.out_proj.weight, attention.out_proj.bias)
 
 
-def run_blocks(transformer, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    for block in transformer.resblocks:
+def run_blocks(blocks, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    for block in blocks:
         x = x + attend(block.attn, block.ln_1(x), mask)
         x = x + block.mlp(block.ln_2(x))
     return x
 
 
-def image_tower(clip: CLIP, images: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+class Image(NamedTuple):
+    """What the image tower says of a batch."""
+
+    embedding: torch.Tensor  # [B, e], what encode_image gives
+    patches: torch.Tensor  # [B, P, e], the head's reading of each patch after SPEAKING blocks
+
+
+def image_tower(clip: CLIP, images: torch.Tensor, keep: torch.Tensor | None = None) -> Image:
     """Compute encode_image at any size; `keep` [B, k] lists the patches that are not dropped."""
     visual = clip.visual
     patches = visual.conv1(images)
@@ -155,8 +190,11 @@ def image_tower(clip: CLIP, images: torch.Tensor, keep: torch.Tensor | None = No
         x = x.gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))
     first = (visual.class_embedding + cls).expand(len(x), 1, -1).to(x.dtype)
     x = visual.ln_pre(torch.cat([first, x], 1))
-    x = run_blocks(visual.transformer, x)
-    return visual.ln_post(x[:, 0]) @ visual.proj
+    blocks = visual.transformer.resblocks
+    x = run_blocks(blocks[:SPEAKING], x)
+    patches = visual.ln_post(x[:, 1:]) @ visual.proj
+    x = run_blocks(blocks[SPEAKING:], x)
+    return Image(visual.ln_post(x[:, 0]) @ visual.proj, patches)
 
 
 def text_tower(clip: CLIP, tokens: torch.Tensor) -> torch.Tensor:
@@ -167,7 +205,7 @@ def text_tower(clip: CLIP, tokens: torch.Tensor) -> torch.Tensor:
     for part in order.tensor_split(min(4, len(order))):
         length = int(end[part].max()) + 1
         x = clip.token_embedding(tokens[part, :length]) + clip.positional_embedding[:length]
-        x = run_blocks(clip.transformer, x, clip.attn_mask[:length, :length])
+        x = run_blocks(clip.transformer.resblocks, x, clip.attn_mask[:length, :length])
         x = clip.ln_final(x)[torch.arange(len(x)), end[part]]
         rows.append(x @ clip.text_projection)
     return torch.cat(rows)[order.argsort()]
@@ -182,26 +220,155 @@ def smooth_positions(clip: CLIP) -> None:
     table[1:] = fine.flatten(2).squeeze(0).T
 
 
-def losses(clip, head, scenes, images, tokens, keep) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the contrastive loss, the concept head's loss, and its accuracy on the main object."""
-    with torch.autocast(images.device.type, torch.bfloat16):
-        image = image_tower(clip, images, keep)
-        text = text_tower(clip, tokens)
-    image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+def patch_loss(patches: torch.Tensor, names: torch.Tensor, nothing: torch.Tensor, shown: torch.Tensor):
+    """Make patches speak: a caption's nouns are each said by some patches, other nouns by none.
+
+    Token-wise alignment of image and text as in FILIP and PACL, with what a caption says and nothing else:
+    no mask, no place. Of an image's patches (1) those most like a noun of its caption say that noun, (2)
+    the least like any of its nouns say "nothing", (3) none says a noun of other captions (the partial
+    labels of weakly supervised segmentation). How many patches (1) and (2) are is a fixed guess.
+
+    Parameters
+    ----------
+    patches : unit rows [B, P, e]
+    names : unit rows [C, e], the text of every noun of the batch
+    nothing : [e], the direction of what shows no noun, times the scale
+    shown : [B, SLOTS], rows of `names`, -1 where there is no more object
+    """
+    batch, count = patches.shape[:2]
+    logits = torch.cat([patches @ names.T, patches @ nothing[:, None]], -1).float()  # [B, P, C + 1]
+    said = logits.log_softmax(-1)
+    present = shown >= 0
+    number = present.sum(1)  # [B]
+    own = said.gather(2, shown.clamp(min=0)[:, None].expand(-1, count, -1))  # [B, P, SLOTS]
+    own = own.masked_fill(~present[:, None], -1e4)
+    silent = said[..., -1]  # [B, P]
+    nearest = own.sort(1, descending=True).values
+    # one object covers a sixth of its image or so, four of them a sixteenth each
+    share = (count * SAYING / number.sqrt()).round().clamp(min=1)
+    first = torch.arange(count, device=own.device)[None] < share[:, None]  # [B, P]
+    speak = -(nearest * first[..., None]).sum(1) / share[:, None]
+    speak = (speak * present).sum(1) / number
+    likeness = own.max(-1).values - silent
+    least = likeness.topk(max(1, round(count * SILENT)), largest=False).indices
+    hush = -silent.gather(1, least).mean(1)
+    allowed = torch.cat([own, silent[..., None]], -1).logsumexp(-1)
+    return (speak + hush - allowed.mean(1)).mean()
+
+
+class Head(nn.Linear):
+    """What is trained beside CLIP and thrown away: a concept classifier, and how patches say nothing."""
+
+    def __init__(self, width: int, classes: int):
+        super().__init__(width, classes)
+        self.nothing = nn.Parameter(torch.randn(width) / width**0.5)
+        self.scale = nn.Parameter(torch.tensor(np.log(20.0), dtype=torch.float32))
+
+
+class Batch(NamedTuple):
+    """One step's pictures and texts, on the model's device."""
+
+    images: torch.Tensor  # [B, 3, S, S], normalised
+    keep: torch.Tensor | None  # [B, k] patches that are not dropped
+    shown: torch.Tensor  # [B, SLOTS] concepts, -1 where there is no more object
+    mosaics: torch.Tensor | None  # [M, 3, S, S]
+    mosaic_keep: torch.Tensor | None  # [M, 4 k], tile by tile
+    tiles: torch.Tensor | None  # [4 M, SLOTS] concepts of each tile
+    texts: torch.Tensor  # [B + C, context]: captions, then the nouns of everything shown
+    nouns: torch.Tensor  # [C] concepts
+
+
+def losses(clip: CLIP, head: Head, batch: Batch, weights: tuple[float, float]) -> dict[str, torch.Tensor]:
+    """Return the contrastive loss, the concept head's loss and its accuracy, and the patches' losses."""
+    with torch.autocast(batch.images.device.type, torch.bfloat16):
+        seen = image_tower(clip, batch.images, batch.keep)
+        text = text_tower(clip, batch.texts)
+    image, text = F.normalize(seen.embedding.float(), dim=-1), F.normalize(text.float(), dim=-1)
+    text, names = text[: len(image)], text[len(image) :]
     logits = clip.logit_scale.exp() * image @ text.T
-    shown = torch.from_numpy(scenes.concepts).to(images.device)
     # two scenes of the same main concept are no negatives of each other
+    shown = batch.shown
     same = shown[:, :1] == shown[:, 0]
     same.fill_diagonal_(False)
     logits = logits.masked_fill(same, -torch.inf)
     target = torch.arange(len(image), device=image.device)
-    contrastive = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
     guess = head(image * 12)
     present = shown >= 0
     share = torch.zeros_like(guess).scatter_add_(1, shown.clamp(min=0), present.float())
     share = share / share.sum(1, keepdim=True)
-    correct = (guess.argmax(1) == shown[:, 0]).float().mean()
-    return contrastive, F.cross_entropy(guess, share), correct
+    parts = {
+        "contrastive": (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2,
+        "head": F.cross_entropy(guess, share),
+        "acc": (guess.argmax(1) == shown[:, 0]).float().mean(),
+    }
+    whole, tiled = weights
+    if whole:
+        parts["patches"] = _speech(head, seen.patches, names, batch.nouns, shown)
+    if tiled:
+        with torch.autocast(batch.images.device.type, torch.bfloat16):
+            patches = image_tower(clip, batch.mosaics, batch.mosaic_keep).patches
+        patches = patches.reshape(len(batch.tiles), -1, patches.shape[-1])
+        parts["tiles"] = _speech(head, patches, names, batch.nouns, batch.tiles)
+    return parts
+
+
+def _speech(head: Head, patches, names, nouns, shown) -> torch.Tensor:
+    rows = torch.searchsorted(nouns, shown.clamp(min=0)).masked_fill(shown < 0, -1)
+    low = torch.bfloat16  # the product with every noun is most of this loss's work
+    patches = F.normalize(patches.float(), dim=-1).to(low) * head.scale.exp().to(low)
+    return patch_loss(patches, names.to(low), F.normalize(head.nothing, dim=0).to(low), rows)
+
+
+def mosaic(images: torch.Tensor) -> torch.Tensor:
+    """Put four scenes into one: [4 M, 3, S, S] to [M, 3, 2 S, 2 S]."""
+    side = images.shape[-1]
+    return images.view(-1, 2, 2, 3, side, side).permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, 2 * side, 2 * side)
+
+
+def mosaic_patches(order: torch.Tensor, side: int) -> torch.Tensor:
+    """Turn patches of tiles [M, 4, k], of side x side each, into patches of mosaics [M, 4 k]."""
+    row, column = torch.tensor([0, 0, side, side]), torch.tensor([0, side, 0, side])
+    inside = (order // side + row[:, None]) * 2 * side + order % side + column[:, None]
+    return inside.flatten(1)
+
+
+def draw_batch(recipe: Recipe, phase: Phase, seen: int, tokenizer, normal: dict, device: str) -> Batch:
+    """Draw the step that begins at image number `seen`, the same in a run that was resumed."""
+    where = np.arange(seen, seen + (phase.batch or recipe.batch))
+    look = {"objects": phase.objects, "tint": phase.tint}
+    config = SceneConfig(size=phase.size, scale=phase.scale, **look)
+    scenes = render("train", recipe.seed, where, config, device=device)
+    said = captions(f"clip/{recipe.seed}", where, scenes)
+    side = phase.size // 8
+    draw = torch.Generator().manual_seed(recipe.seed * 1_000_003 + seen)
+    keep = mosaics = mosaic_keep = tiles = None
+    if phase.keep < 1:
+        order = torch.rand(len(where), side**2, generator=draw).argsort(1)
+        keep = order[:, : round(side**2 * phase.keep)].to(device)
+    shown = [scenes.concepts]
+    if phase.mosaics:
+        small = SceneConfig(size=phase.size // 2, scale=phase.mosaic_scale, **look)
+        # scenes of their own, beyond any that a phase shows whole
+        start = 2**40 + 4 * phase.mosaics * (seen // len(where))
+        quarters = render(
+            "train", recipe.seed, np.arange(start, start + 4 * phase.mosaics), small, device=device
+        )
+        shown.append(quarters.concepts)
+        order = torch.rand(phase.mosaics, 4, (side // 2) ** 2, generator=draw).argsort(2)
+        order = order[..., : round((side // 2) ** 2 * phase.mosaic_keep)]
+        mosaics, mosaic_keep = _pixels(mosaic(quarters.images), normal), mosaic_patches(order, side // 2)
+        mosaic_keep, tiles = mosaic_keep.to(device), torch.from_numpy(quarters.concepts).to(device)
+    nouns = np.unique(np.concatenate(shown)) if any(phase.patches) else np.array([], np.int64)
+    nouns = nouns[nouns >= 0]
+    texts = tokenizer(said + [f"a picture of a {concepts()[c].name}" for c in nouns])
+    return Batch(
+        _pixels(scenes.images, normal), keep, torch.from_numpy(scenes.concepts).to(device), mosaics,
+        mosaic_keep, tiles, texts.to(device), torch.from_numpy(nouns).to(device),
+    )  # fmt: skip
+
+
+def _pixels(images: torch.Tensor, normal: dict) -> torch.Tensor:
+    return (images.float() / 255 - normal["mean"]) / normal["std"]
 
 
 def phase_at(phases: tuple[Phase, ...], seen: int) -> Phase | None:
@@ -213,8 +380,21 @@ def phase_at(phases: tuple[Phase, ...], seen: int) -> Phase | None:
     return None
 
 
+def cycle_at(phases: tuple[Phase, ...], seen: int) -> tuple[tuple[Phase, ...], int]:
+    """Return the phases that share one rise and fall of the step size with image `seen`, and the images
+    seen of them."""
+    starts = [i for i, phase in enumerate(phases) if i == 0 or phase.restart is not None]
+    for start, stop in zip(starts, [*starts[1:], len(phases)], strict=True):
+        cycle = phases[start:stop]
+        length = sum(phase.images for phase in cycle)
+        if seen < length or stop == len(phases):
+            return cycle, seen
+        seen -= length
+    raise AssertionError("the last cycle returns")
+
+
 def progress_at(phases: tuple[Phase, ...], seen: int) -> float:
-    """Return the share of the work done, counting patches rather than images."""
+    """Return the share of a cycle's work done, counting patches rather than images."""
     work = [phase.images * phase.size**2 * phase.keep for phase in phases]
     done = 0.0
     for phase, cost in zip(phases, work, strict=True):
@@ -224,12 +404,16 @@ def progress_at(phases: tuple[Phase, ...], seen: int) -> float:
     return done / sum(work)
 
 
-def rate_at(recipe: Recipe, progress: float) -> float:
+def rate_at(recipe: Recipe, seen: int) -> float:
+    """Return the step size at image number `seen`, in units of the recipe's."""
+    cycle, here = cycle_at(recipe.phases, seen)
+    progress, first = progress_at(cycle, here), cycle[0]
+    height, decay_from = 1.0, recipe.decay_from
+    if first.restart is not None:
+        height, decay_from = first.restart, first.decay_from
     if progress < recipe.warmup:
-        return progress / recipe.warmup
-    if progress < recipe.decay_from:
-        return 1.0
-    return max(0.0, (1 - progress) / (1 - recipe.decay_from))
+        return height * progress / recipe.warmup
+    return height * min(1.0, max(0.0, (1 - progress) / (1 - decay_from)))
 
 
 def optimisers(clip: CLIP, head: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -265,19 +449,25 @@ def train(
     minutes: float | None,
     every: float = 120.0,
     evaluations: int = 12,
+    start_from: Path | None = None,
 ) -> CLIP:
     """Train to the end of the last phase, or for `minutes`, leaving checkpoint and curve in `run`.
 
-    A checkpoint is written `every` so many seconds, and accuracy measured `evaluations` times.
+    A checkpoint is written `every` so many seconds, and accuracy measured `evaluations` times. With
+    `start_from`, a folder that `publish` wrote, only the last phase is run, on that model.
     """
     torch.manual_seed(recipe.seed)
     clip, tokenizer, normal = build()
     smooth_positions(clip)
-    head = nn.Linear(clip.text_projection.shape[1], len(concepts()))
+    if start_from is not None:
+        restore_stream(clip, start_from)
+    head = Head(clip.text_projection.shape[1], len(concepts()))
     clip.to(device), head.to(device)
     steppers = optimisers(clip, head, recipe)
     base_rates = [group["lr"] for opt in steppers for group in opt.param_groups]
-    seen, rows, spent = 0, [], 0.0
+    seen, rows, spent, step = 0, [], 0.0, 0
+    if start_from is not None:
+        seen = sum(phase.images for phase in recipe.phases[:-1])
     run.mkdir(parents=True, exist_ok=True)
     checkpoint = run / "checkpoint.pt"
     if checkpoint.exists():
@@ -287,9 +477,9 @@ def train(
             opt.load_state_dict(saved)
         seen, rows, spent = state["seen"], state["rows"], state["seconds"]
         print(f"resumed after {seen:,} images", flush=True)
-    key, total = f"clip/{recipe.seed}", sum(p.images for p in recipe.phases)
+    total = sum(phase.images for phase in recipe.phases)
     start, saved_at, evaluated = time.time() - spent, time.time(), seen
-    recent: list[tuple[float, float, float]] = []
+    recent: list[dict[str, float]] = []
 
     def keep_state() -> None:
         save(checkpoint, {
@@ -300,41 +490,29 @@ def train(
     while (phase := phase_at(recipe.phases, seen)) is not None:
         if minutes is not None and time.time() - start > minutes * 60 + spent:
             break
-        where = np.arange(seen, seen + recipe.batch)
-        scenes = render(
-            "train",
-            recipe.seed,
-            where,
-            SceneConfig(size=phase.size, objects=phase.objects, scale=phase.scale),
-            device=device,
-        )
-        tokens = tokenizer(captions(key, where, scenes)).to(device)
-        images = (scenes.images.float() / 255 - normal["mean"]) / normal["std"]
-        keep = None
-        if phase.keep < 1:
-            patches = (phase.size // clip.visual.patch_size[0]) ** 2
-            # a generator of this step's own, so that a resumed run drops the same patches
-            draw = torch.Generator().manual_seed(recipe.seed * 1_000_003 + seen)
-            order = torch.rand(recipe.batch, patches, generator=draw).argsort(1)
-            keep = order[:, : round(patches * phase.keep)].to(device)
-        contrastive, concept, correct = losses(clip, head, scenes, images, tokens, keep)
-        (contrastive + recipe.concept_head * concept).backward()
+        batch = draw_batch(recipe, phase, seen, tokenizer, normal, device)
+        parts = losses(clip, head, batch, phase.patches)
+        whole, tiled = phase.patches
+        weights = {
+            "contrastive": 1.0, "head": recipe.concept_head, "patches": whole, "tiles": tiled,
+        }  # fmt: skip
+        sum(weight * parts[name] for name, weight in weights.items() if name in parts).backward()
         torch.nn.utils.clip_grad_norm_([*clip.parameters(), *head.parameters()], 1.0)
-        factor = rate_at(recipe, progress_at(recipe.phases, seen))
+        factor = rate_at(recipe, seen)
         for group, base in zip([g for o in steppers for g in o.param_groups], base_rates, strict=True):
             group["lr"] = base * factor
         for opt in steppers:
             opt.step()
             opt.zero_grad(set_to_none=True)
         clip.logit_scale.data.clamp_(0, np.log(100))
-        seen += recipe.batch
-        if seen // recipe.batch % 10 == 0 or not recent:
-            recent.append((contrastive.item(), concept.item(), correct.item()))
-        if seen // recipe.batch % 40 == 0:
-            mean = np.mean(recent[-4:], 0)
+        seen, step = seen + len(batch.images), step + 1
+        if step % 10 == 0 or not recent:
+            recent.append({name: value.item() for name, value in parts.items()})
+        if step % 40 == 0:
+            mean = means(recent[-4:])
             print(
                 f"{seen:,} {time.time() - start:.0f}s {phase.size}px lr {factor:.3f} "
-                f"contrastive {mean[0]:.3f} head {mean[1]:.3f} acc {mean[2]:.3f}",
+                + " ".join(f"{name} {value:.3f}" for name, value in mean.items()),
                 flush=True,
             )
         if time.time() - saved_at > every:
@@ -349,16 +527,21 @@ def train(
     return clip
 
 
+def means(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([row[name] for row in rows if name in row])) for name in rows[-1]}
+
+
 def curve_row(clip, tokenizer, normal, seen, seconds, recent) -> dict:
     clip.eval()
     result = accuracy(clip, tokenizer, normal["mean"], normal["std"], n=512)
     clip.train()
-    mean = np.mean(recent[-8:], 0)
+    mean = means(recent[-8:])
     row = {
         "images": seen,
         "seconds": round(seconds),
-        "contrastive": mean[0],
-        "concept_head": mean[1],
+        "contrastive": mean["contrastive"],
+        "concept_head": mean["head"],
+        "patches": mean.get("tiles", math.nan),
     }
     for domain, kinds in result.items():
         row[f"{domain}_concept"] = kinds["trained"]["concept"]
@@ -389,10 +572,11 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, help="stop after this long; start again to go on")
     parser.add_argument("--muon-lr", type=float, default=Recipe.muon_lr)
+    parser.add_argument("--start", type=Path, help="folder of a published model: run the last phase on it")
     parser.add_argument("--out", type=Path, default=HERE, help="where weights, card and curve go")
     args = parser.parse_args()
     recipe = Recipe(seed=args.seed, phases=RECIPES[args.recipe], muon_lr=args.muon_lr)
-    clip = train(recipe, args.run, args.device, args.minutes)
+    clip = train(recipe, args.run, args.device, args.minutes, start_from=args.start)
     publish(clip, recipe, args.run, args.out)
 
 
@@ -411,13 +595,26 @@ def rescale_stream(clip: CLIP, images: torch.Tensor, block: int = 11) -> float:
     hook.remove()
     x = found[0]
     factor = float(x.shape[-1] ** 0.5 / (x - x.mean((0, 1))).norm(dim=-1).mean())
-    writers = [visual.ln_pre]
-    for layer in visual.transformer.resblocks:
+    scale_stream(clip, factor)
+    return factor
+
+
+@torch.no_grad()
+def scale_stream(clip: CLIP, factor: float) -> None:
+    """Multiply everything that writes into the image tower's residual stream."""
+    writers = [clip.visual.ln_pre]
+    for layer in clip.visual.transformer.resblocks:
         writers += [layer.attn.out_proj, layer.mlp.c_proj]
     for module in writers:
         module.weight.mul_(factor)
         module.bias.mul_(factor)
-    return factor
+
+
+def restore_stream(clip: CLIP, folder: Path) -> None:
+    """Load a published model with the residual stream it was trained with, for which step sizes fit."""
+    load_weights(clip, folder / "open_clip_model.safetensors")
+    card = json.loads((folder / "card.json").read_text("utf-8"))
+    scale_stream(clip, 1 / card["stream_rescaled_by"])
 
 
 def publish(clip: CLIP, recipe: Recipe, run: Path, out: Path) -> None:
