@@ -22,7 +22,8 @@ from .stability import Against, matched_cosines, pairs
 
 K = 10  # references of a latent
 LIVING = 10  # tokens that a living latent fires on, at least
-SAMPLE = 64  # scenes that an untrained SAE is made as sparse on as the trained one
+SAMPLE = 768  # scored scenes that an untrained SAE is made as sparse on as the trained one
+STRIDE = 11  # one token in so many of them; prime, so that all places of a scene take part
 
 
 class Purity(NamedTuple):
@@ -94,7 +95,7 @@ def measure(
     for name, sae in {**saes, **extra}.items():
         if not all(bool(torch.isfinite(w).all()) for w in sae.state_dict().values()):
             raise PatchSAEError(f"SAE '{name}' has numbers that are not finite; remake it (make saes).")
-    tokens = _sample(backbone, probes)
+    tokens = sample(backbone, probes)
     control = {f"untrained {name}": random_sae(sae, tokens, seed) for name, sae in saes.items()}
     seen = describe({**saes, **control}, backbone, probes.described, K, progress)
     said = answer(saes, {**control, **extra}, backbone, probes.scored, probes.text, seen, progress)
@@ -124,10 +125,14 @@ def measure(
     return found
 
 
-def _sample(backbone: Backbone, probes: Probes) -> Tensor:
-    """Return the tokens [N, d] of some training scenes, which make an untrained SAE as sparse."""
-    columns, few = token_columns(backbone, Tokens.ALL), first(probes.described, SAMPLE)
-    return torch.cat([x[:, columns].flatten(0, 1) for _, _, x in read(backbone, few, "", False)])
+def sample(backbone: Backbone, probes: Probes) -> Tensor:
+    """Return tokens [N, d] of scored scenes, on which untrained SAEs are made as sparse as trained ones.
+
+    Of scored scenes, because sparsity differs between the photos and textures of two splits.
+    """
+    columns, few = token_columns(backbone, Tokens.ALL), first(probes.scored, SAMPLE)
+    parts = [x[:, columns].flatten(0, 1)[::STRIDE] for _, _, x in read(backbone, few, "tokens", False)]
+    return torch.cat(parts)
 
 
 @torch.no_grad()

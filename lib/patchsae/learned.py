@@ -72,6 +72,16 @@ GOALS = (
     Goal("accuracy kept through the SAE", lambda m: m.kept, "≥ .95", lambda m: m.kept.value >= 0.95),
 )  # fmt: skip
 
+# what figures show: each has to be above 0
+DIFFERENCES: dict[str, Callable[[Learned], Interval]] = {
+    "purity (label)": lambda m: m.purity.ahead,
+    "purity (any object)": lambda m: m.any_purity.ahead,
+    "latents purer than .5 (any object)": lambda m: m.any_purity.half_ahead,
+    "pointing": lambda m: m.pointing.ahead,
+    SEVERAL: lambda m: m.pointing_several.ahead,
+    "AP": lambda m: m.precision.ahead,
+}
+
 
 def table(measured: Mapping[str, Learned]) -> list[dict[str, str]]:
     """Return the lines of GOALS, a column for each SAE and, where something is asked, who reaches it."""

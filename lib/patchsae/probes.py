@@ -23,7 +23,7 @@ from .sparse import latent_lists
 from .tail import Tail
 
 BATCH, CLASSES = 16, 64
-RIDGE = 1e-3  # of the mean variance, added to every dimension's
+RIDGE = 0.1  # of the mean variance, added to every dimension's: a concept has few training scenes
 
 
 class Probes(NamedTuple):
