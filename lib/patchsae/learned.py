@@ -54,7 +54,7 @@ GOALS = (
     Goal("cosine with own start", lambda m: m.decoder, "≤ .5", lambda m: m.decoder.value <= 0.5),
     Goal("encoder: the same", lambda m: m.encoder),
     Goal("seeds matched", lambda m: m.matched, "≥ .7", lambda m: m.matched.value >= 0.7),
-    Goal("seeds matched: chance", lambda m: m.chance, "below", lambda m: m.chance.high < m.matched.low),
+    Goal("seeds matched: chance", lambda m: m.chance, "below it", lambda m: m.chance.high < m.matched.low),
     Goal("seeds matched: living latents", lambda m: m.matched_living),
     Goal("living latents", lambda m: m.living),
     Goal("L0", lambda m: m.l0),
@@ -107,12 +107,12 @@ def written(found: Interval | float | None) -> str:
 
 
 def sentence(measured: Mapping[str, Learned]) -> str:
-    """Say which goals every SAE reaches and which not."""
+    """Say which goals every SAE reaches, which only some, and which none."""
     rows = [row for row in table(measured) if row["reached"]]
     parts = []
-    for start, wanted in (("Reached", ("yes",)), ("Not reached", ("no",))):
-        found = [f"{row['what']} ({row['goal']})" for row in rows if row["reached"] in wanted]
-        parts.append(f"**{start}** by every SAE: {'; '.join(found) or 'nothing'}.")
+    for start, wanted in (("Reached by every SAE", "yes"), ("Reached by none", "no")):
+        found = [f"{row['what']} ({row['goal']})" for row in rows if row["reached"] == wanted]
+        parts.append(f"**{start}**: {'; '.join(found) or 'nothing'}.")
     some = [f"{r['what']} ({r['reached']})" for r in rows if r["reached"] not in ("yes", "no")]
     return " ".join(parts + ([f"**Reached by some**: {'; '.join(some)}."] if some else []))
 
