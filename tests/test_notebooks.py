@@ -133,7 +133,8 @@ def test_appendix_runs_every_row_of_table_2_and_matches_seeds(chapters):
         and "at most 0 in 12 of 12 rows in the paper" in shown
     )
     assert "dimensions permuted" in shown and "two seeds match at" in shown
-    assert figures_of(chapters["06_appendix"]) == 3
+    assert "FVU of PCA at this L0" in shown and "Reached by every SAE" in shown
+    assert figures_of(chapters["06_appendix"]) == 4
 
 
 def test_statistics_at_the_paper_scale_and_full_size(tmp_path, imagenet):

@@ -1,7 +1,7 @@
 """One function per figure: takes results, returns a matplotlib figure, computes nothing."""
 
 from .adaptation import Counts, confusion_pair, count_scatters, gain_shares, setting_curves
-from .appendix import Traded, matched_histograms, sparsity_and_error, token_scatters
+from .appendix import Traded, ahead_of_untrained, matched_histograms, sparsity_and_error, token_scatters
 from .localization import Layer, Level, analysis, domain_shift, latent_rows, layers, score_intervals
 from .masking import class_changes, masked_predictions, masking_curves
 from .overview import OneImage, overview
@@ -25,6 +25,7 @@ __all__ = [
     "Shown",
     "Traded",
     "activation_histograms",
+    "ahead_of_untrained",
     "analysis",
     "class_changes",
     "co_activation_map",

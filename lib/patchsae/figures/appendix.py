@@ -12,6 +12,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from ..evaluation import Interval
 from .parts import figure_of
 
 
@@ -89,4 +90,26 @@ def matched_histograms(found: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     # below: some curve is high wherever a legend would lie in the axes
     handles = axes[0][0].get_legend_handles_labels()
     figure.legend(*handles, fontsize=9, ncols=2, loc="outside lower center")
+    return figure
+
+
+@figure_of()
+def ahead_of_untrained(found: Mapping[str, Mapping[str, Interval]]) -> Figure:
+    """Show how far autoencoders are ahead of untrained ones: a line per measure, a colour for each."""
+    names = list(next(iter(found.values())))
+    figure, axis = plt.subplots(figsize=(7.2, 0.9 + 0.55 * len(found)), layout="constrained")
+    places = np.arange(len(found))[::-1]
+    for number, name in enumerate(names):
+        value, low, high = np.array([tuple(row[name]) for row in found.values()]).T
+        shift = 0.12 * (len(names) - 1 - 2 * number)
+        axis.errorbar(
+            value, places + shift, xerr=np.stack([value - low, high - value]), fmt="o", ms=5, capsize=3,
+            label=name,
+        )  # fmt: skip
+    axis.axvline(0, color="0.4", lw=1)
+    axis.set_yticks(places, list(found), fontsize=9)
+    axis.set_ylim(-0.6, len(found) - 0.4)
+    axis.set_xlabel("trained − untrained of the same L0 (share, 0 … 1), 95 % interval")
+    axis.grid(alpha=0.3, axis="x")
+    axis.legend(fontsize=9, ncols=len(names), loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure
