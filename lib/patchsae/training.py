@@ -199,7 +199,7 @@ class _Run:
         if self.ranks.agree(self.checkpoint.exists()):
             self._restore()
         else:
-            self._start()
+            set_start(self.sae, self.stream, self.config, ranks=self.ranks)
             self.stepper = self._stepper()
         self._learn()
         if self.ranks.first:
@@ -209,24 +209,6 @@ class _Run:
 
     def _stepper(self) -> Stepper:
         return Stepper(self.sae, self.config.execution, self.ranks.group)
-
-    @torch.no_grad()
-    def _start(self) -> None:
-        config, sae = self.config, self.sae
-        from_data = config.start is Start.DATA
-        if self.ranks.first and (from_data or config.b_dec_init is not BiasInit.ZEROS):
-            images = math.ceil(config.bias_tokens / self.stream.activations.tokens)
-            if config.b_dec_init is BiasInit.GEOMETRIC_MEDIAN_IMAGES:
-                images = config.bias_images
-            tokens = self.stream.first(images)
-            sae.b_dec.copy_(initial_bias(tokens, config.b_dec_init))
-            if from_data:
-                rows = initial_rows(tokens, sae.b_dec, sae.d_sae, config.seed)
-                sae.W_dec[: len(rows)] = rows  # more latents than tokens: the others stay as drawn
-        self.ranks.share(sae.b_dec.data)
-        if from_data:
-            self.ranks.share(sae.W_dec.data)
-            sae.W_enc.copy_(sae.W_dec)
 
     def _schedule(self) -> tuple[float, float]:
         """Return the next step's size, and its share of the L1 weight."""
@@ -377,6 +359,25 @@ def _tensorboard() -> type:
             "run 'pip install tensorboard', or leave tensorboard=False."
         ) from error
     return SummaryWriter
+
+
+@torch.no_grad()
+def set_start(sae: SAE, stream: TokenStream, config: TrainConfig, ranks: Ranks = Ranks()) -> None:  # noqa: B008
+    """Give an SAE that was just made the decoder bias and the rows that a run on this stream starts at."""
+    from_data = config.start is Start.DATA
+    if ranks.first and (from_data or config.b_dec_init is not BiasInit.ZEROS):
+        images = math.ceil(config.bias_tokens / stream.activations.tokens)
+        if config.b_dec_init is BiasInit.GEOMETRIC_MEDIAN_IMAGES:
+            images = config.bias_images
+        tokens = stream.first(images)
+        sae.b_dec.copy_(initial_bias(tokens, config.b_dec_init))
+        if from_data:
+            rows = initial_rows(tokens, sae.b_dec, sae.d_sae, config.seed)
+            sae.W_dec[: len(rows)] = rows  # more latents than tokens: the others stay as drawn
+    ranks.share(sae.b_dec.data)
+    if from_data:
+        ranks.share(sae.W_dec.data)
+        sae.W_enc.copy_(sae.W_dec)
 
 
 def initial_bias(tokens: Tensor, kind: BiasInit) -> Tensor:
