@@ -13,7 +13,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.mmap_threshold=4294967296:glibc.malloc.tri
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lab bench clip prompts lock clean
+.PHONY: help book test lab bench clip prompts saes lock clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ prompts: $(INSTALLED) ## Learn the prompts of artefacts/prompts again where they
 	$(BIN)/python artefacts/prompts/train.py
 	$(BIN)/python artefacts/prompts/train.py --method coop
 	$(BIN)/python artefacts/prompts/train.py --method vpt
+
+saes: $(INSTALLED) ## Train the autoencoders of artefacts/sae again where they are missing or do not fit
+	$(BIN)/python artefacts/sae/train.py
 
 lock: ## Resolve the newest indirect dependencies and write requirements.lock
 	rm -rf .lock-venv

@@ -87,7 +87,9 @@ def test_importing_the_package_loads_nothing_heavy():
     assert told.stdout == "[]\n", told.stderr
 
 
-@pytest.mark.parametrize("target", ["book", "test", "lab", "bench", "clip", "clean", "lock"])
+@pytest.mark.parametrize(
+    "target", ["book", "test", "lab", "bench", "clip", "prompts", "saes", "clean", "lock"]
+)
 def test_make_help_documents_every_target(target):
     told = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True)
     assert re.search(rf"^make {target} +\S+", told.stdout, re.MULTILINE), told

@@ -211,6 +211,36 @@ def test_auto_is_dense_at_high_density_and_sparse_at_low(monkeypatch):
     assert used == ["_dense", "_forward"]
 
 
+def test_a_sparse_topk_step_is_the_dense_one():
+    """Rows of few positive entries among them, and ghost gradients; AUTO takes it where k is small."""
+    x, dead = torch.randn(300, 32), torch.arange(256) % 7 == 0
+    is_cls = torch.arange(300) % 50 == 0
+    sae = quiet_sae(32, 8, activation="topk", k=9, l1=1e-3, cls_weight=2.0)
+    sae.b_enc.data -= 1.0
+    assert (sae.pre_activations(x) > 0).sum(1).min() < 9 < (sae.pre_activations(x) > 0).sum(1).max()
+    ends, steps = [], []
+    for execution in (Execution.DENSE, Execution.SPARSE, Execution.AUTO):
+        stepper = Stepper(copy.deepcopy(sae), execution)
+        steps.append([stepper.step(x, 1e-3, dead, is_cls) for _ in range(3)][-1])
+        ends.append({name: p.detach() for name, p in stepper.sae.named_parameters()})
+    for step, end in zip(steps[1:], ends[1:], strict=True):
+        assert step[:5] == pytest.approx(steps[0][:5], rel=1e-4)
+        assert torch.equal(step.fired, steps[0].fired)
+        assert all(relative(end[name], ends[0][name]) < 1e-4 for name in end)
+    assert all(torch.equal(ends[1][name], ends[2][name]) for name in ends[1])
+
+
+@pytest.mark.parametrize("execution", [Execution.DENSE, Execution.SPARSE_F32])
+def test_the_weight_of_the_penalty_is_that_of_the_moment(execution):
+    x, sae = torch.randn(200, 32), quiet_sae(32, 8, l1=0.5)
+    half = SAE(SAEConfig(32, 8, l1=0.25))
+    half.load_state_dict(sae.state_dict())
+    sae.l1 = 0.25
+    found, expected = (Stepper(s, execution).step(x, 1e-3) for s in (sae, half))
+    assert found[:5] == expected[:5]
+    assert torch.equal(sae.W_enc, half.W_enc) and torch.equal(sae.b_enc, half.b_enc)
+
+
 def test_topk_and_batchtopk_train_and_keep_k():
     x = torch.randn(200, 32)
     for kind in ("topk", "batchtopk"):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,10 +14,10 @@ from tiny import CONFIG, tiny_backbone, tiny_images
 
 from patchsae import train
 from patchsae.errors import PatchSAEError
-from patchsae.sae import Loss, SAEConfig, geometric_median, geometric_median_images
+from patchsae.sae import SAE, Loss, SAEConfig, geometric_median, geometric_median_images
 from patchsae.sparse import Execution, Stepper
 from patchsae.stream import TokenStream
-from patchsae.training import CHECKPOINT, BiasInit, TrainConfig, initial_bias, train_sae
+from patchsae.training import CHECKPOINT, BiasInit, TrainConfig, initial_bias, initial_rows, train_sae
 
 SAE_CONFIG = SAEConfig(d_in=32, expansion=4, l1=1e-4)
 
@@ -45,8 +46,6 @@ def test_metrics_are_those_of_the_batch(backbone, images, tmp_path):
     config = replace(CONFIG, b_dec_init="zeros", execution="dense")
     sae_config = replace(SAE_CONFIG, loss=Loss.SQUARED_ERROR, cls_weight=3.0)
     row = train_sae(images, backbone, sae_config, config, tmp_path, progress=False).metrics[0]
-    from patchsae.sae import SAE
-
     sae = SAE(sae_config, seed=config.seed)
     x = next(TokenStream(images, backbone, config).batches()).x
     f = sae.encode(x).detach()
@@ -98,6 +97,67 @@ def test_bias_starts(backbone, images, tmp_path):
         for config in (still, replace(still, b_dec_init="geometric_median_images", bias_images=20))
     ]
     assert torch.equal(ends[0], median) and torch.equal(ends[1], by_image)
+
+
+def test_step_size_decays_and_the_penalty_warms_up_over_shares_of_the_run(
+    backbone, images, tmp_path, monkeypatch
+):
+    weights, real = [], Stepper.step
+
+    def spy(self, *args):
+        weights.append(self.sae.l1)
+        return real(self, *args)
+
+    monkeypatch.setattr(Stepper, "step", spy)
+    config = replace(CONFIG, decay_from=0.75, l1_warmup=0.5)
+    rows = train_sae(images, backbone, SAE_CONFIG, config, tmp_path, progress=False).metrics
+    passed = np.array([0, *(row["tokens"] for row in rows[:-1])]) / rows[-1]["tokens"]
+    warm = np.minimum(1, np.arange(1, 41) / 5)
+    np.testing.assert_allclose(
+        [row["lr"] for row in rows], 3e-3 * warm * np.minimum(1, (1 - passed) / 0.25), rtol=1e-9
+    )
+    np.testing.assert_allclose(weights, 1e-4 * np.minimum(1, passed / 0.5), rtol=1e-9)
+    assert weights[0] == 0 < weights[1] and weights[-1] == 1e-4 and rows[-1]["lr"] < 0.12 * 3e-3
+
+
+def test_start_from_data(backbone, images, tmp_path):
+    still = replace(CONFIG, images=24, lr=1e-30, start="data")
+    sae = train_sae(images, backbone, SAE_CONFIG, still, tmp_path, progress=False).sae
+    x = TokenStream(images, backbone, CONFIG).first(20).flatten(0, 1)
+    cosines = torch.nn.functional.normalize(x - sae.b_dec, dim=1) @ sae.W_dec.T
+    best, which = cosines.max(0)
+    assert best.min() > 0.9999 and len(which.unique()) == sae.d_sae
+    torch.testing.assert_close(sae.W_enc, sae.W_dec)
+    other = initial_rows(x[None], sae.b_dec, sae.d_sae, seed=1)
+    assert not torch.allclose(other, sae.W_dec)
+    # more latents than tokens: what is over stays as drawn
+    wide = SAEConfig(d_in=32, expansion=40)
+    rows = train_sae(images, backbone, wide, still, tmp_path, progress=False).sae.W_dec
+    torch.testing.assert_close(rows[1000:], SAE(wide, seed=CONFIG.seed).W_dec[1000:])
+
+
+def test_a_run_with_every_option_goes_on_with_the_same_bits(backbone, images, tmp_path, monkeypatch):
+    config = replace(CONFIG, decay_from=0.5, l1_warmup=0.4, start="data", cache=str(tmp_path))
+    for name, sae_config in (
+        ("relu", SAE_CONFIG), ("topk", replace(SAE_CONFIG, activation="topk", k=8)),
+    ):  # fmt: skip
+        whole = train_sae(images, backbone, sae_config, config, tmp_path / name, progress=False)
+        for stop in (3, 20):
+            stop_at_step(monkeypatch, stop)
+            with pytest.raises(KeyboardInterrupt):
+                train_sae(images, backbone, sae_config, config, tmp_path / f"cut-{name}", progress=False)
+            monkeypatch.undo()
+        cut = train_sae(images, backbone, sae_config, config, tmp_path / f"cut-{name}", progress=False)
+        assert all(torch.equal(a, b) for a, b in zip(whole.sae.parameters(), cut.sae.parameters()))  # noqa: B905
+        keys = ("step", "tokens", "fvu", "l0", "lr", "dead_share")
+        assert [[r[k] for k in keys] for r in whole.metrics] == [[r[k] for k in keys] for r in cut.metrics]
+
+
+def test_options_that_do_nothing_leave_a_result_its_name():
+    plain = CONFIG.inputs()
+    assert not {"decay_from", "l1_warmup", "start"} & set(plain)
+    for change in ({"decay_from": 0.8}, {"l1_warmup": 0.1}, {"start": "data"}):
+        assert replace(CONFIG, **change).inputs() == plain | change
 
 
 def test_training_from_a_cache(backbone, images, tmp_path):
@@ -180,6 +240,12 @@ def test_bad_input_is_named(backbone, images, tmp_path):
             TrainConfig(**{name: 0})
     with pytest.raises(PatchSAEError, match="b_dec_init='median'.*geometric_median_images"):
         TrainConfig(b_dec_init="median")
+    with pytest.raises(PatchSAEError, match="start='zeros'.*random, data"):
+        TrainConfig(start="zeros")
+    for name in ("decay_from", "l1_warmup"):
+        for value in (-0.1, 1.5, float("nan")):
+            with pytest.raises(PatchSAEError, match=f"{name}={value} must be a share from 0 to 1"):
+                TrainConfig(**{name: value})
     with pytest.raises(PatchSAEError, match="execution='fast'.*auto, dense"):
         TrainConfig(execution="fast")
     assert TrainConfig(execution="dense").execution is Execution.DENSE

@@ -27,9 +27,10 @@ from .jobs import workers
 from .remapping import share_of_gain
 from .sae import SAEConfig
 from .scales import scale
+from .shipped import find_or_train
 from .stage import Stage, write_json
 from .token_cache import fill, from_cache, parts_of
-from .training import BiasInit, TrainConfig, train_sae
+from .training import BiasInit, TrainConfig
 
 RESULT = "row.json"
 
@@ -142,6 +143,36 @@ class Sweep:
         large = self._is_large(design)
         names = (self.large_model, self.large_pretrained) if large else (self.model, self.pretrained)
         return _model(self.scale, *names, self.device)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many images the rows see; the defaults are the book's, and artefacts/sae has their SAEs."""
+
+    row_images: int = 1536
+    """Images each row on all tokens sees; 0 takes the scale's own run for all rows."""
+    cls_images: int = 73_728
+    """Images each row on the CLS token sees, counted with repetition."""
+    different_images: int = 1536
+    """Training images there are, their tokens cached; 0 takes all and caches none."""
+    cls_different_images: int = 6144
+    """The same for rows on the CLS token."""
+
+    def sets(self, train: ImageSet, seed: int) -> dict[Tokens, ImageSet]:
+        """Return the images that rows on each kind of token are trained on."""
+        if not self.different_images:
+            return {Tokens.CLS: train, Tokens.ALL: train}
+        numbers = {Tokens.CLS: self.cls_different_images, Tokens.ALL: self.different_images}
+        return {tokens: train.sample(number, seed) for tokens, number in numbers.items()}
+
+    def runs(self, train: TrainConfig, root: str | Path, seed: int) -> dict[str, TrainConfig]:
+        """Return a Sweep's `train` and `cls_train`: a scale's run, shortened in the one way of the book."""
+        train = replace(train, seed=seed, cache=str(root) if self.different_images else "")
+        if not self.row_images:
+            return {"train": train, "cls_train": replace(train, token_batch=128)}
+        # an image has one CLS token, so that such rows see more images and fewer tokens a step
+        short = replace(train, images=self.row_images, token_batch=1024, warmup_steps=20, log_every=10)
+        return {"train": short, "cls_train": replace(short, images=self.cls_images, token_batch=64)}
 
 
 class Row(NamedTuple):
@@ -297,7 +328,7 @@ def _run(design: Design, sweep: Sweep, train: ImageSet, test: ImageSet, root: st
 def _measured(design: Design, sweep: Sweep, train: ImageSet, test: ImageSet, root: str | Path) -> Row:
     began = time.perf_counter()
     backbone, (config, training) = sweep.backbone(design), sweep.configs(design)
-    trained = train_sae(train, backbone, config, training, root, progress=False)
+    trained = find_or_train(train, backbone, config, training, root, progress=False)
     sae = trained.sae
     images, past = from_cache(test, backbone, sweep.train.cache)
     rebuilt = reconstruction(sae, past, images, design.tokens)

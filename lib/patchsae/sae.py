@@ -129,6 +129,7 @@ class SAE(nn.Module):
     def __init__(self, config: SAEConfig, seed: int = 0):
         super().__init__()
         self.config = config
+        self.l1 = config.l1  # λ of the next step: the trainer lets it rise from 0 under `l1_warmup`
         draw = torch.Generator().manual_seed(seed)
         rows = torch.randn(config.d_sae, config.d_in, generator=draw)
         rows = F.normalize(rows, dim=-1)
@@ -216,7 +217,7 @@ class SAE(nn.Module):
         x_hat = self.decode(f, x)  # [N, d_in]
         error = self.weighted_error(x_hat, x, is_cls)  # [N, d_in]
         reconstruction = self._average(error)
-        l1 = self.config.l1 * f.sum(-1).mean()
+        l1 = self.l1 * f.sum(-1).mean()
         ghost = x.new_zeros(())
         if self.config.ghost and dead is not None and bool(dead.any()):
             ghost = self._ghost(x - x_hat, z[:, dead], error, self.W_dec[dead])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -15,8 +15,9 @@ from .embedded import DATASETS, embedded_dataset, scene_set
 from .errors import PatchSAEError
 from .images import Dataset, ImageSet
 from .sae import SAEConfig
+from .shipped import find_or_train
 from .stage import project_root
-from .training import TrainConfig, Trained, train_sae
+from .training import TrainConfig, Trained
 
 
 class Sets(NamedTuple):
@@ -30,6 +31,14 @@ class Sets(NamedTuple):
     """Classification data sets, the general one first."""
     others: tuple[Dataset, ...] = ()
     """Sets that no table needs but Fig. 10 and 14 show: ImageNet's variants, CIFAR-100."""
+
+
+class Task(NamedTuple):
+    """What an autoencoder is trained from, but for the backbone."""
+
+    images: ImageSet
+    sae: SAEConfig
+    train: TrainConfig
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,15 @@ class Scale:
     """Zero-shot prompts of the general data set; None takes its own."""
     sets: Callable[[Backbone, str], Sets]
     """Function of (backbone, data folder) that opens the image sets."""
+    different_images: int = 0
+    """Training images, drawn once, whose tokens are cached and passed over many times; 0 streams all of the
+    set anew."""
+    topk_sae: Mapping[str, object] = field(default_factory=dict)
+    """What the TopK autoencoder beside the main one changes in SAEConfig; none takes no such one."""
+    topk_train: Mapping[str, object] = field(default_factory=dict)
+    """What its training changes in TrainConfig."""
+    ships: tuple[tuple[int, int], ...] = ()
+    """Pairs of block and seed whose autoencoder by this scale's recipe is in artefacts/sae."""
 
     def backbone(self, model: str | None = None, pretrained: str | None = None, **options) -> Backbone:
         """Load this scale's backbone, or another one at the same block."""
@@ -76,13 +94,44 @@ class Scale:
         train: Mapping[str, object] = MappingProxyType({}),
         progress: bool = True,
     ) -> Trained:
-        """Train this scale's SAE under `root`, or return it if it is there.
+        """Return the shipped SAE of these settings, or train it under `root`, or find it there.
 
         `sae` and `train` change fields of SAEConfig and TrainConfig; a value of None leaves the scale's.
         """
+        task = self.task(images, backbone, root, sae, train)
+        return find_or_train(
+            task.images, backbone, task.sae, task.train, root, progress,
+            expected=self._is_own(images, backbone, task),
+        )  # fmt: skip
+
+    def task(
+        self,
+        images: ImageSet,
+        backbone: Backbone,
+        root: Path,
+        sae: Mapping[str, object] = MappingProxyType({}),
+        train: Mapping[str, object] = MappingProxyType({}),
+    ) -> Task:
+        """Return what `trained_sae` asks for."""
         fields = {"d_in": backbone.d_model, "expansion": self.expansion, "l1": self.l1}
-        config = SAEConfig(**fields | _given(sae))
-        return train_sae(images, backbone, config, replace(self.train, **_given(train)), root, progress)
+        training = replace(self.train, **_given(train))
+        if self.different_images:
+            training = replace(training, cache=training.cache or str(root))
+            # never more than the run sees; the same for all seeds, which then share a cache
+            few = min(self.different_images, training.images)
+            images = images.sample(few) if few < len(images) else images
+        return Task(images, SAEConfig(**fields | _given(sae)), training)
+
+    def _is_own(self, images: ImageSet, backbone: Backbone, task: Task) -> bool:
+        """Tell whether a task is one whose result `make saes` puts into the repository."""
+        own = SAEConfig(d_in=backbone.d_model, expansion=self.expansion, l1=self.l1)
+        seed, cache = task.train.seed, task.train.cache
+        return (
+            (backbone.block, seed) in self.ships
+            and (task.sae, task.train) == (own, replace(self.train, seed=seed, cache=cache))
+            and backbone.name == Path(self.model).name
+            and images.fingerprint() == self.sets(backbone, "").train.fingerprint()
+        )
 
 
 def _given(changes: Mapping[str, object]) -> dict[str, object]:
@@ -119,6 +168,8 @@ def scale(name: str) -> Scale:
             "embedded", str(project_root() / "artefacts" / "small_clip"), None, block=11,
             expansion=16, l1=3e-4, templates=None, sets=_embedded_sets,
             train=TrainConfig(images=20_000, token_batch=2048, warmup_steps=100, lr=5e-3),
+            topk_sae={"activation": "topk", "k": 16, "l1": 0.0},
+            ships=((11, 0), (11, 1), (11, 2), (2, 0), (5, 0), (8, 0)),
         )  # fmt: skip
     if name == "paper":
         return Scale(

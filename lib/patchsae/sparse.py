@@ -18,7 +18,9 @@ from .sparse_ghost import GhostRows, Pass, ghost_gradients
 from .sparse_kernels import BETA1, BETA2, EPS
 
 # Shares of active latents, by benchmarks/: above the first the dense step is faster, above the second
-# computing the candidates again costs more than bf16 saves.
+# computing the candidates again costs more than bf16 saves. It holds for small SAEs too: with 1,024 or
+# 2,048 latents on 128 dimensions and 512 tokens a step, one core, ReLU takes 4.6 to 12 ms sparsely at 4.5 %
+# and 11 to 14 ms at 12 %, and 20 to 24 ms densely.
 CROSSOVER, BF16_CROSSOVER = 0.15, 0.08
 TILE = 512  # tokens encoded at a time where there is no sparse execution
 
@@ -130,11 +132,13 @@ class Stepper:
 
     def _pays(self, x: Tensor) -> bool:
         """Tell whether to step sparsely, from the last step's density or, at first, from a few tokens."""
-        if self.execution is Execution.DENSE or not can_be_sparse(self.sae, x):
+        if self.execution is Execution.DENSE or not can_step_sparsely(self.sae, x):
             return False
         if self.execution is not Execution.AUTO:
             return True
-        if self.density < 0:
+        if self.density < 0 and self.sae.config.activation is Activation.TOPK:
+            self.density.fill_(self.sae.config.k / self.sae.d_sae)
+        elif self.density < 0:
             with torch.no_grad():
                 some = x[:: max(1, len(x) // 64)]
                 self.density.fill_((self.sae.pre_activations(some) > 0).float().mean())
@@ -165,7 +169,7 @@ class Stepper:
             with self._timed("ghost"):
                 ghost_loss, ghost = ghost_gradients(sae, x, done.output, dead, is_cls)
         l0, activation = done.active / len(x), done.total / len(x)
-        terms = done.loss, config.l1 * activation, ghost_loss
+        terms = done.loss, sae.l1 * activation, ghost_loss
         return Step(*terms, l0, activation, done.fired, done.output), done, ghost
 
     @torch.no_grad()
@@ -216,10 +220,19 @@ class Stepper:
 
 
 def can_be_sparse(sae: SAE, x: Tensor) -> bool:
-    """Tell whether sparse execution exists for this SAE and these tokens."""
+    """Tell whether sparse encoding exists for this SAE and these tokens."""
     config = sae.config
     plain = config.activation is Activation.RELU and config.input_norm is InputNorm.NONE
     return plain and x.device.type in ("cpu", "cuda") and x.dtype == sae.W_enc.dtype == torch.float32
+
+
+def can_step_sparsely(sae: SAE, x: Tensor) -> bool:
+    """Tell whether a sparse training step exists: where encoding does, and for TopK on the processor."""
+    config = sae.config
+    topk = config.activation is Activation.TOPK and config.input_norm is InputNorm.NONE
+    return can_be_sparse(sae, x) or (
+        topk and x.device.type == "cpu" and x.dtype == sae.W_enc.dtype == torch.float32
+    )
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import sparse_kernels as kernels
-from .sae import SAE, Loss
+from .sae import SAE, Activation, Loss
 from .sparse_ghost import GhostRows, Pass
 
 Moments = Mapping[str, tuple[Tensor, Tensor]]
@@ -138,6 +138,31 @@ def active(
     return lists, centred, sum(seconds) / torch.get_num_threads()
 
 
+def strongest(
+    x: np.ndarray, W_enc: np.ndarray, b_enc: np.ndarray, b_dec: np.ndarray, k: int
+) -> tuple[Lists, np.ndarray, float]:
+    """Find each token's k largest z = W_enc (x - b_dec) + b_enc that are above 0; returns as `active`."""
+    n, d_sae = len(x), len(W_enc)
+    centred = x - b_dec
+    weights, bias = torch.from_numpy(W_enc).T, torch.from_numpy(b_enc)
+    count, latent = np.empty(n, np.int64), np.empty((n, k), np.int32)
+    value = np.empty((n, k), np.float32)
+
+    def block(a: int, b: int) -> float:
+        product = buffer("strongest", (b - a, d_sae), torch.float32)
+        started = time.perf_counter()
+        torch.addmm(bias, torch.from_numpy(centred[a:b]), weights, out=product)
+        seconds = time.perf_counter() - started
+        kernels.strongest(product.numpy(), k, count, latent, value, a, b)
+        return seconds
+
+    seconds = sum(spread(block, ranges(n, ROWS))) / torch.get_num_threads()
+    kept = np.arange(k) < count[:, None]
+    start = np.concatenate([[0], np.cumsum(count)])
+    # the transposition is the same in both directions
+    return Lists(*kernels.by_token(start, latent[kept], value[kept], d_sae)), centred, seconds
+
+
 def by_token(lists: Lists, n: int) -> Lists:
     """Turn latent-major lists into token-major ones for n tokens."""
     return Lists(*kernels.by_token(*lists, n))
@@ -179,7 +204,10 @@ def forward(
     started = time.perf_counter()
     tokens, (W_enc, b_enc, W_dec, b_dec) = x.numpy(), arrays(sae)
     shift = b_dec if sae.config.subtract_b_dec else np.zeros_like(b_dec)
-    lists, centred, product = active(tokens, W_enc, b_enc, shift, bf16 and has_bf16_units())
+    if sae.config.activation is Activation.TOPK:
+        lists, centred, product = strongest(tokens, W_enc, b_enc, shift, sae.config.k)
+    else:
+        lists, centred, product = active(tokens, W_enc, b_enc, shift, bf16 and has_bf16_units())
     found = time.perf_counter()
     count("encoder", product)
     count("candidates", found - started - product)
@@ -205,7 +233,7 @@ def gradients(sae: SAE, done: Pass, ghost: GhostRows | None) -> dict[str, Tensor
     lists, x, g = done.slopes
     W_enc, _, W_dec, _ = arrays(sae)
     enc, dec, bias = np.empty_like(W_dec), np.empty_like(W_dec), np.empty(len(W_dec), np.float32)
-    penalty = np.float32(sae.config.l1 / len(x))
+    penalty = np.float32(sae.l1 / len(x))
     # a NamedTuple would enter numba's cache on disk by its class, which may be gone in the next version
     args = tuple(lists), x, g, penalty, W_dec, indexed(ghost, sae), enc, bias, dec
     spread(lambda a, b: kernels.gradients(*args, a, b), ranges(len(W_dec), ROWS))
@@ -229,7 +257,7 @@ def update(sae: SAE, done: Pass, ghost: GhostRows | None, moments: Moments, lr: 
     ]
     rate = np.float32(lr / (1 - kernels.BETA1**step))
     root = np.float32(1 / math.sqrt(1 - kernels.BETA2**step))
-    penalty = np.float32(sae.config.l1 / len(x))
+    penalty = np.float32(sae.l1 / len(x))
     args = tuple(lists), x, g, penalty, *adams, indexed(ghost, sae), rate, root
     spread(lambda a, b: kernels.update(*args, pull[a // ROWS], a, b), parts)
     return torch.from_numpy(g.sum(0) - (pull.sum(0) if sae.config.subtract_b_dec else 0))

@@ -335,7 +335,7 @@ def forward(
 def gradients(sae: SAE, done: Pass, ghost: GhostRows | None) -> dict[str, Tensor]:
     """Compute the dense gradient of every parameter (W_dec's component along its rows included)."""
     weights, config = (sae.W_enc, sae.b_enc, sae.W_dec), sae.config
-    found = dense_gradients(*done.slopes, *weights, config.l1, ghost, config.subtract_b_dec)
+    found = dense_gradients(*done.slopes, *weights, sae.l1, ghost, config.subtract_b_dec)
     return dict(zip(("W_enc", "b_enc", "W_dec", "b_dec"), found, strict=True))
 
 
@@ -346,4 +346,4 @@ def update(
     """Take Adam step number `step` on every latent, in place; return the gradient of b_dec."""
     weights, config = (sae.W_enc, sae.b_enc, sae.W_dec), sae.config
     pairs = [moments[name] for name in ("W_enc", "b_enc", "W_dec")]
-    return adam_step(*done.slopes, *weights, pairs, lr, step, config.l1, ghost, config.subtract_b_dec)
+    return adam_step(*done.slopes, *weights, pairs, lr, step, sae.l1, ghost, config.subtract_b_dec)

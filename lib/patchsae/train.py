@@ -41,7 +41,7 @@ def _train(options: argparse.Namespace) -> None:
     of_sae = ("expansion", "l1", "ghost", "activation", "k")
     of_training = (
         *("images", "tokens", "token_batch", "lr", "seed", "execution", "b_dec_init"),
-        *("workers", "lanes", "cache", "tensorboard"),
+        *("decay_from", "l1_warmup", "start", "workers", "lanes", "cache", "tensorboard"),
     )
     trained = setup.trained_sae(
         sets.train, backbone, options.out or project_root() / "results",
@@ -80,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--ghost", action=argparse.BooleanOptionalAction, help="ghost gradients for dead latents")
     add("--b-dec-init", help="'geometric_median', 'geometric_median_images', 'mean' or 'zeros'")
     add("--lr", type=float, help="Adam's step size after warm-up")
+    add("--decay-from", type=float, help="share of the run after which the step size falls to 0")
+    add("--l1-warmup", type=float, help="share of the run in which the L1 weight rises from 0")
+    add("--start", help="'random' directions or tokens of the 'data'")
     add("--token-batch", type=int, help="tokens per optimiser step, all processes together")
     add("--seed", type=int, help="seed of weights, order and mixing")
     add("--execution", help="'auto', 'dense', 'sparse' or 'sparse_f32'")

@@ -35,6 +35,13 @@ from .stream import Position, StreamConfig, TokenBatch, TokenStream
 CHECKPOINT, METRICS = "checkpoint.safetensors", "metrics.csv"
 
 
+class Start(StrEnum):
+    """What the rows of encoder and decoder start at."""
+
+    RANDOM = "random"  # directions drawn at random: the paper
+    DATA = "data"  # tokens of the run's first images, centred and of unit length
+
+
 class BiasInit(StrEnum):
     """What b_dec starts at (facts.md §4.3)."""
 
@@ -51,11 +58,18 @@ class TrainConfig(StreamConfig):
     lr: float = 4e-4
     """Adam's step size after warm-up."""
     warmup_steps: int = 500
-    """Steps of linear warm-up; constant afterwards."""
+    """Steps of linear warm-up; constant afterwards, up to `decay_from`."""
+    decay_from: float = 1.0
+    """Share of the run after which the step size falls linearly to 0; 1 keeps it constant."""
+    l1_warmup: float = 0.0
+    """Share of the run in which the weight of the L1 penalty rises linearly from 0."""
+    start: Start = Start.RANDOM
+    """Start of the rows of encoder and decoder."""
     b_dec_init: BiasInit = BiasInit.GEOMETRIC_MEDIAN
     """Start of the decoder bias."""
     bias_tokens: int = 50_000
-    """Least number of tokens whose median or mean the bias starts at (all of the run, if fewer)."""
+    """Least number of tokens (all of the run, if fewer) whose median or mean the bias starts at, and that
+    `start` may draw rows from."""
     bias_images: int = 128
     """Images whose median the bias starts at, for geometric_median_images."""
     dead_window: int = 64
@@ -74,6 +88,10 @@ class TrainConfig(StreamConfig):
         super().__post_init__()
         choose(self, "b_dec_init", BiasInit)
         choose(self, "execution", Execution)
+        choose(self, "start", Start)
+        for name in ("decay_from", "l1_warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise PatchSAEError(f"{name}={getattr(self, name)} must be a share from 0 to 1.")
         counts = ("bias_tokens", "bias_images", "dead_window", "log_every", "checkpoint_share", "lr")
         for name in counts:
             if not getattr(self, name) > 0:
@@ -83,6 +101,10 @@ class TrainConfig(StreamConfig):
         """Return what decides the result, for the stage's hash."""
         idle = ("workers", "cache", "tensorboard", "checkpoint_share")
         values = {key: value for key, value in asdict(self).items() if key not in idle}
+        # left out as long as they do nothing: results made before these fields came keep their names
+        for name in ("decay_from", "l1_warmup", "start"):
+            if values[name] == getattr(TrainConfig, name):
+                del values[name]
         # where a cache lies is all one, but tokens from one are rounded to float16
         return values | {"cached": bool(self.cache)}
 
@@ -93,6 +115,20 @@ class Trained(NamedTuple):
     sae: SAE
     metrics: list[dict[str, float]]
     folder: Path
+    shipped: str = ""
+    """Name of the artefact it was loaded from; '' if it was trained here."""
+
+
+def training_inputs(
+    images: ImageSet, backbone: Backbone, sae_config: SAEConfig, config: TrainConfig
+) -> dict[str, object]:
+    """Return everything that decides what a run learns, the same on every machine."""
+    return {
+        "images": images.fingerprint(),
+        "backbone": backbone.fingerprint(),
+        "sae": asdict(sae_config),
+        "train": config.inputs(),
+    }
 
 
 def train_sae(
@@ -120,13 +156,7 @@ def train_sae(
             f"d_in={sae_config.d_in} of the SAE is not the width {backbone.d_model} of {backbone.name}; "
             f"set d_in={backbone.d_model}."
         )
-    inputs = {
-        "images": images.fingerprint(),
-        "backbone": backbone.fingerprint(),
-        "sae": asdict(sae_config),
-        "train": config.inputs(),
-    }
-    stage = Stage.open(root, "sae", inputs)
+    stage = Stage.open(root, "sae", training_inputs(images, backbone, sae_config, config))
     ranks = join(backbone.device)
     if not ranks.agree(stage.done):
         with stage.alone() if ranks.first else nullcontext():
@@ -169,7 +199,7 @@ class _Run:
         if self.ranks.agree(self.checkpoint.exists()):
             self._restore()
         else:
-            self.sae.b_dec.data.copy_(self._bias())
+            set_start(self.sae, self.stream, self.config, ranks=self.ranks)
             self.stepper = self._stepper()
         self._learn()
         if self.ranks.first:
@@ -180,14 +210,14 @@ class _Run:
     def _stepper(self) -> Stepper:
         return Stepper(self.sae, self.config.execution, self.ranks.group)
 
-    def _bias(self) -> Tensor:
-        config, start = self.config, torch.zeros_like(self.sae.b_dec)
-        if self.ranks.first and config.b_dec_init is not BiasInit.ZEROS:
-            images = math.ceil(config.bias_tokens / self.stream.activations.tokens)
-            if config.b_dec_init is BiasInit.GEOMETRIC_MEDIAN_IMAGES:
-                images = config.bias_images
-            start = initial_bias(self.stream.first(images), config.b_dec_init)
-        return self.ranks.share(start)
+    def _schedule(self) -> tuple[float, float]:
+        """Return the next step's size, and its share of the L1 weight."""
+        config, tokens = self.config, self.stream.activations.tokens
+        passed = self.tokens_seen / (config.images * tokens)
+        rate = config.lr * min(1.0, (self.step + 1) / max(1, config.warmup_steps))
+        if passed > config.decay_from:
+            rate *= (1 - passed) / (1 - config.decay_from)
+        return rate, min(1.0, passed / config.l1_warmup) if config.l1_warmup else 1.0
 
     def _learn(self) -> None:
         config = self.config
@@ -203,7 +233,8 @@ class _Run:
         saved_at, saving = time.monotonic(), 0.0
         with closing(self.stream.batches(self.position)) as batches, closing(log), bar:
             for batch in batches:
-                rate = config.lr * min(1.0, (self.step + 1) / max(1, config.warmup_steps))
+                rate, share = self._schedule()
+                self.sae.l1 = share * self.sae.config.l1
                 dead = self.silent > config.dead_window
                 step = self.stepper.step(batch.x, rate, dead, batch.is_cls)
                 self.silent = torch.where(step.fired, 0, self.silent + 1)
@@ -330,6 +361,25 @@ def _tensorboard() -> type:
     return SummaryWriter
 
 
+@torch.no_grad()
+def set_start(sae: SAE, stream: TokenStream, config: TrainConfig, ranks: Ranks = Ranks()) -> None:  # noqa: B008
+    """Give an SAE that was just made the decoder bias and the rows that a run on this stream starts at."""
+    from_data = config.start is Start.DATA
+    if ranks.first and (from_data or config.b_dec_init is not BiasInit.ZEROS):
+        images = math.ceil(config.bias_tokens / stream.activations.tokens)
+        if config.b_dec_init is BiasInit.GEOMETRIC_MEDIAN_IMAGES:
+            images = config.bias_images
+        tokens = stream.first(images)
+        sae.b_dec.copy_(initial_bias(tokens, config.b_dec_init))
+        if from_data:
+            rows = initial_rows(tokens, sae.b_dec, sae.d_sae, config.seed)
+            sae.W_dec[: len(rows)] = rows  # more latents than tokens: the others stay as drawn
+    ranks.share(sae.b_dec.data)
+    if from_data:
+        ranks.share(sae.W_dec.data)
+        sae.W_enc.copy_(sae.W_dec)
+
+
 def initial_bias(tokens: Tensor, kind: BiasInit) -> Tensor:
     """Compute the start of b_dec [d] from the tokens [I, T, d] of some images."""
     points = tokens.flatten(0, 1)
@@ -342,6 +392,14 @@ def initial_bias(tokens: Tensor, kind: BiasInit) -> Tensor:
             return geometric_median(points)
         case BiasInit.GEOMETRIC_MEDIAN_IMAGES:
             return geometric_median_images(tokens)
+
+
+def initial_rows(tokens: Tensor, centre: Tensor, rows: int, seed: int) -> Tensor:
+    """Draw tokens of [I, T, d] without repetition: at most `rows`, less `centre`, of unit length [R, d]."""
+    points = tokens.flatten(0, 1) - centre
+    points = points[points.norm(dim=-1) > 1e-6]  # one that is the centre has no direction
+    drawn = torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))[:rows]
+    return torch.nn.functional.normalize(points[drawn.to(points.device)], dim=-1)
 
 
 def write_metrics(folder: Path, rows: list[dict[str, float]]) -> None:

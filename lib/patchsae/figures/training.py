@@ -12,9 +12,8 @@ from .parts import figure_of
 
 
 @figure_of()
-def training_curves(metrics: Sequence[Mapping[str, float]], title: str = "") -> Figure:
-    """Show how reconstruction, sparsity and dead latents develop with the tokens seen (§3.1)."""
-    tokens = np.array([row["tokens"] for row in metrics]) / 1e6
+def training_curves(runs: Mapping[str, Sequence[Mapping[str, float]]], title: str = "") -> Figure:
+    """Show reconstruction, sparsity and dead latents of several runs over the tokens seen (§3.1)."""
     panels = (
         ("mse", "MSE / ‖x‖ (unit of Table 2)", "log"),
         ("fvu", "unexplained variance (FVU)", "log"),
@@ -23,9 +22,13 @@ def training_curves(metrics: Sequence[Mapping[str, float]], title: str = "") -> 
     )
     figure, axes = plt.subplots(1, 4, figsize=(14, 3.2), layout="constrained")
     for axis, (key, label, scale) in zip(axes, panels, strict=True):
-        axis.plot(tokens, [row[key] for row in metrics], lw=1.2)
-        axis.set(xlabel="tokens seen (million)", ylabel=label, yscale=scale)
+        for name, metrics in runs.items():
+            tokens = np.array([row["tokens"] for row in metrics]) / 1e6
+            axis.plot(tokens, [row[key] for row in metrics], lw=1.2, label=name)
+        # runs differ in length by far: on a straight axis the short one would be a dash
+        axis.set(xlabel="tokens seen (million)", ylabel=label, xscale="log", yscale=scale)
         axis.grid(alpha=0.3)
+    axes[0].legend()
     figure.suptitle(title)
     return figure
 
