@@ -217,9 +217,10 @@ def lowest_correlation(
     """Judge that one data set has the lowest correlation of counts before and after adaptation.
 
     `counts` of each set: [classes, latents] before and after. The interval is that of the lowest other
-    correlation minus the set's own; classes are resampled in every set, and which other set is the lowest
-    is asked anew in each resample. The effect is Cohen's q, the difference of Fisher's z. Nothing is
-    decided where the set is not there or alone, or where counts have no correlation.
+    correlation minus the set's own; classes are resampled in every set, each set's draws are centred on
+    its own correlation, and which other set is the lowest is asked anew in each resample. The effect is
+    Cohen's q, the difference of Fisher's z. Nothing is decided where the set is not there or alone, or
+    where counts have no correlation.
     """
     if lacking := _nothing_beside(counts, name):
         return lacking
@@ -232,6 +233,8 @@ def lowest_correlation(
     drawn = {
         key: correlation_draws(*pair, seed + at, draws) for at, (key, pair) in enumerate(counts.items())
     }
+    # a resample holds fewer different classes, which moves r, and most where a set has few of them
+    drawn = {key: r + found[key] - np.nanmedian(r) for key, r in drawn.items()}
     second = min(others, key=found.get)
     gap = np.min([drawn[other] for other in others], axis=0) - drawn[name]
     gap = gap[np.isfinite(gap)]
@@ -240,7 +243,7 @@ def lowest_correlation(
     judged = is_above(
         lead,
         why=f"{name} has r = {found[name]:.3f}, the lowest other is {found[second]:.3f} on {second} "
-        f"(difference {lead.value:.3f} [{lead.low:.3f}, {lead.high:.3f}]).",
+        f"(difference {_told(lead, 3)}).",
     )
     clear = all(abs(found[key]) < 1 for key in (name, second))
     q = math.atanh(found[second]) - math.atanh(found[name]) if clear else None
@@ -266,14 +269,14 @@ def better_and_high(gain: Interval, sizes: Mapping[str, float]) -> Judged:
     return all_of(is_above(gain), HOLDS if stay else moved)
 
 
-def far_and_gaining(lead: Lead, place: int, of: int) -> Judged:
+def far_and_gaining(lead: Lead, name: str | None, place: int, of: int) -> Judged:
     """Judge Fig. 18: the most low-to-high latents by far, and one of the two largest gains of all sets."""
     if lead.judged.reason is Reason.LACKING:
         return lead.judged
     gains = Judged(
         Verdict.REPRODUCED if place <= 2 else Verdict.DIFFERS,
         None if place <= 2 else Reason.ABSENT,
-        f"Its gain is number {place} of {of}.",
+        f"{name} has gain number {place} of {of}.",
     )
     return all_of(lead.judged, gains)
 
@@ -286,9 +289,7 @@ def no_matter_who_ranks(by_rank: Mapping[str, Interval], margin: float) -> Judge
     """
     judged = all_of(*(is_within(found, margin) for found in by_rank.values()))
     seen = [half for half, found in by_rank.items() if found.low > 0 or found.high < 0]
-    told = [
-        f"{half} {found.value:.1f} [{found.low:.1f}, {found.high:.1f}]" for half, found in by_rank.items()
-    ]
+    told = [f"{half} {_told(found)}" for half, found in by_rank.items()]
     why = f"By half of the classes: {', '.join(told)} points."
     if seen:
         why += (
@@ -332,7 +333,11 @@ def masks_tell(
 
 
 def _percent(found: Interval, digits: int = 1) -> str:
-    return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*(100 * v for v in found), d=digits)
+    return _told(Interval(*(100 * v for v in found)), digits)
+
+
+def _told(found: Interval, digits: int = 1) -> str:
+    return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*found, d=digits).replace("-", "−")
 
 
 class Unseen(NamedTuple):
