@@ -194,19 +194,27 @@ def most_by_far(
 
 
 def correlation_draws(
-    before: np.ndarray, after: np.ndarray, seed: int = 0, draws: int = 1000
+    before: np.ndarray,
+    after: np.ndarray,
+    seed: int = 0,
+    draws: int = 1000,
+    distinct: int | None = None,
 ) -> np.ndarray:
-    """Return the correlation of counts summed over resampled classes: float64 [draws].
+    """Return the correlation of counts summed over classes drawn at random: float64 [draws].
 
-    `before`, `after`: counts [classes, latents]. Pearson's, over the latents that fire in either model, as
-    in `remapping.correlation`; NaN where there is none.
+    `before`, `after`: counts [classes, latents]. Classes are resampled as in a bootstrap, or `distinct` of
+    them drawn without one coming twice. Pearson's, over the latents that fire in either model, as in
+    `remapping.correlation`; NaN where there is none.
     """
     rng, classes = np.random.default_rng(seed), len(before)
     fires = (before.sum(0) > 0) | (after.sum(0) > 0)
     one, two = (counts[:, fires].astype(np.float64) for counts in (before, after))
     found = np.empty(draws)
     for draw in range(draws):
-        weight = np.bincount(rng.integers(classes, size=classes), minlength=classes).astype(np.float64)
+        picked = (
+            rng.integers(classes, size=classes) if distinct is None else rng.permutation(classes)[:distinct]
+        )
+        weight = np.bincount(picked, minlength=classes).astype(np.float64)
         found[draw] = correlation(weight @ one, weight @ two)
     return found
 
@@ -216,34 +224,36 @@ def lowest_correlation(
 ) -> Lead:
     """Judge that one data set has the lowest correlation of counts before and after adaptation.
 
-    `counts` of each set: [classes, latents] before and after. The interval is that of the lowest other
-    correlation minus the set's own; classes are resampled in every set, each set's draws are centred on
-    its own correlation, and which other set is the lowest is asked anew in each resample. The effect is
-    Cohen's q, the difference of Fisher's z. Nothing is decided where the set is not there or alone, or
-    where counts have no correlation.
+    `counts` of each set: [classes, latents] before and after. Counts of fewer classes are noisier and so
+    correlate less: each set is taken with as many classes as the smallest has, as the median over such
+    draws. The interval is that of the lowest other correlation minus the set's own; its spread comes from
+    resampling all classes of every set, and which other set is the lowest is asked anew each time. The
+    effect is Cohen's q, the difference of Fisher's z. Nothing is decided where the set is not there or
+    alone, or where counts have no correlation.
     """
     if lacking := _nothing_beside(counts, name):
         return lacking
     others = [other for other in counts if other != name]
-    found = {key: correlation(*(of.sum(0) for of in pair)) for key, pair in counts.items()}
-    undefined = [key for key in counts if math.isnan(found[key])]
-    if undefined:
+    fewest = min(len(before) for before, _ in counts.values())
+    found, drawn = {}, {}
+    for at, (key, (before, after)) in enumerate(counts.items()):
+        alike = correlation_draws(before, after, seed + at, draws if len(before) > fewest else 1, fewest)
+        resampled = correlation_draws(before, after, seed + at, draws)
+        defined = np.isfinite(alike).all() and np.isfinite(resampled).any()
+        found[key] = float(np.median(alike)) if defined else math.nan
+        # a resample holds fewer different classes, which moves r: only its spread is used
+        drawn[key] = resampled - np.nanmedian(resampled) + found[key] if defined else resampled
+    if undefined := [key for key in counts if math.isnan(found[key])]:
         why = f"The counts of {', '.join(undefined)} are too few or all alike: they have no correlation."
         return Lead(NOTHING, "", None, Judged(Verdict.OPEN, Reason.LACKING, why))
-    drawn = {
-        key: correlation_draws(*pair, seed + at, draws) for at, (key, pair) in enumerate(counts.items())
-    }
-    # a resample holds fewer different classes, which moves r, and most where a set has few of them
-    drawn = {key: r + found[key] - np.nanmedian(r) for key, r in drawn.items()}
     second = min(others, key=found.get)
     gap = np.min([drawn[other] for other in others], axis=0) - drawn[name]
-    gap = gap[np.isfinite(gap)]
-    bounds = np.quantile(gap, (0.025, 0.975)) if len(gap) else (-np.inf, np.inf)
+    bounds = np.quantile(gap[np.isfinite(gap)], (0.025, 0.975))
     lead = Interval(found[second] - found[name], *map(float, bounds))
     judged = is_above(
         lead,
-        why=f"{name} has r = {found[name]:.3f}, the lowest other is {found[second]:.3f} on {second} "
-        f"(difference {_told(lead, 3)}).",
+        why=f"With {fewest} classes of each, {name} has r = {found[name]:.3f} and the lowest other is "
+        f"{found[second]:.3f} on {second} (difference {_told(lead, 3)}).",
     )
     clear = all(abs(found[key]) < 1 for key in (name, second))
     q = math.atanh(found[second]) - math.atanh(found[name]) if clear else None
