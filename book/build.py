@@ -36,6 +36,7 @@ from patchsae.stage import (
 )
 
 REPORT = "book/report"  # a page that is made here
+DIGEST = "book/digest.txt"  # and what the introduction includes of it, no page of its own
 MATHJAX = "tex-svg-full.js"
 SMALL = "book/small.yml"  # parameters of each notebook for a build whose numbers mean nothing
 
@@ -133,17 +134,21 @@ def bring_blocks(root: Path) -> None:
 
 
 def write_report(root: Path, build: Path, manifests: dict[str, dict]) -> None:
-    """Make the reproduction report's page and report.json in `build`, unless they are up to date."""
-    rows, page = build / "report.json", build / "report.md"
+    """Make the reproduction report's page, its digest and report.json in `build`, unless up to date."""
+    rows, page, told = build / "report.json", build / "report.md", build / "digest.txt"
     inputs = digest({"notebooks": manifests, "writer": file_digest(root / "book" / "report.py")})
-    done = rows.is_file() and page.is_file() and json.loads(rows.read_text()).get("inputs") == inputs
+    done = (
+        all(map(Path.is_file, (rows, page, told))) and json.loads(rows.read_text()).get("inputs") == inputs
+    )
     if not done:
         import report  # it waits for torch, which a build without changes need not
 
         found = report.gather(root, manifests)
         report.write_page(root, found, page)
+        report.write_digest(found, told)
         write_json(rows, found | {"inputs": inputs})
     place(page, root / f"{REPORT}.md")
+    place(told, root / DIGEST)
 
 
 def render(root: Path, build: Path) -> Path:

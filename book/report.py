@@ -9,13 +9,21 @@ from __future__ import annotations
 import ast
 import html
 import re
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from patchsae import figures
-from patchsae.report import ITEMS, Finding, Verdict, collect
+from patchsae.report import (
+    ITEMS,
+    Answer,
+    Beyond,
+    Finding,
+    Verdict,
+    collect,
+    collect_beyond,
+    count_verdicts,
+)
 from patchsae.run import read_parameters
 from patchsae.stage import write_atomic
 
@@ -24,6 +32,8 @@ BADGES = {
     Verdict.DIFFERS: "warning",
     Verdict.PAPER_SCALE: "info",
     Verdict.OPEN: "info",
+    Answer.HOLDS: "success",
+    Answer.FAILS: "warning",
 }
 # Figure functions for whatever they are given: they are no figure of their own.
 GENERIC = ("image_row", "score_intervals")
@@ -36,13 +46,19 @@ paper's statement holds here. The page was generated when the book was built: ea
 by the cell that made the figure, and the name in the first column leads to that cell. The same rows
 are in `report.json`, beside `index.html`.
 
-**{rows} rows at scale {scale}: {told}.**
+**{rows} rows at scale {scale}. Of the {counted} that a run can refute: {told}.** {given}
 
 *Reproduced* means that the paper's **statement** holds in this run by the rule in small print. It
 does not mean that the numbers agree: at the embedded scale model, images and dictionary are others
 and much smaller. *Differs* means that it does not hold; *not decided*, that the interval holds both
-answers or that something is lacking; *needs paper scale*, that the small model cannot tell. Where
-the paper prints no number for what is compared, its column is empty.
+answers or that something is lacking; *needs paper scale*, that the small model cannot tell. The word
+in brackets says why. The *effect* says what a result weighs: a verdict can be clear and the effect
+small. Where the paper prints no number for what is compared, its column is empty.
+"""
+BEYOND_HEAD = """\
+## Beyond the paper
+
+What this book asks and the paper does not. These rows are not counted above.
 """
 COSTS = """\
 ## What it took
@@ -53,7 +69,9 @@ notebook finds what those before it, or an earlier build, left in `results`.
 
 
 def gather(root: Path, manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the report: rows, what each notebook cost, and what it ran on.
+    """Return the report: rows of the paper and beyond it, counts, what each notebook cost and ran on.
+
+    The counts of verdicts leave out rows that cannot fail.
 
     `manifests` of the executed notebooks by name, in the order of the book.
     """
@@ -78,8 +96,11 @@ def gather(root: Path, manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, 
             }
         )
     last = list(manifests.values())[-1]
+    rows = collect(list(executed.values()))
     return {
-        "rows": collect(list(executed.values())),
+        "rows": rows,
+        "counts": count_verdicts(rows),
+        "beyond": collect_beyond(list(executed.values())),
         "notebooks": notebooks,
         "commit": last["commit"],
         "versions": last["versions"],
@@ -88,16 +109,48 @@ def gather(root: Path, manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, 
 
 def write_page(root: Path, report: Mapping[str, Any], path: Path) -> None:
     """Write the report as a page of the book."""
-    text = "\n".join([*_summary(report), *_rows(report), *_reasons(report), *_extras(root), *_run(report)])
+    parts = _summary(report), _rows(report), _beyond_rows(report), _reasons(report), _extras(root)
+    text = "\n".join([line for part in (*parts, _run(report)) for line in part])
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def write_digest(report: Mapping[str, Any], path: Path) -> None:
+    """Write what the introduction says of a run: the counts, and what is beyond the paper."""
+    counts = report["counts"]
+    told = ", ".join(f"{name} {n}" for name, n in counts.items() if n)
+    lines = [
+        f"In this run, at scale {_scale(report)}, of the {sum(counts.values())} figures and tables of the "
+        f"paper that a run can refute: **{told}** ([all of them](report.md)).",
+        "",
+    ]
+    if report["beyond"]:
+        lines += ["Beyond the paper:", ""]
+    for row in report["beyond"]:
+        found = _beyond(row)
+        why = f" {found.why}" if found.why else ""
+        lines.append(f"* **{found.id}** ({_link(row, 'shown here')}): {found.verdict}.{why}")
+    text = "\n".join([*lines, ""])
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _scale(report: Mapping[str, Any]) -> str:
+    return " and ".join(sorted({f"`{book['scale']}`" for book in report["notebooks"] if book["scale"]}))
+
+
 def _summary(report: Mapping[str, Any]) -> list[str]:
-    counted = Counter(row["verdict"] for row in report["rows"])
-    told = ", ".join(f"{v} {counted[v]}" for v in Verdict if counted[v])
-    scales = sorted({book["scale"] for book in report["notebooks"] if book["scale"]})
-    scale = " and ".join(f"`{name}`" for name in scales)
-    return [SUMMARY.format(rows=len(report["rows"]), scale=scale, told=told)]
+    counts = report["counts"]
+    told = ", ".join(f"{name} {n}" for name, n in counts.items() if n)
+    given = [_link(row) for row in report["rows"] if not row["can_fail"]]
+    said = f"Not counted, because true by construction: {', '.join(given)}." if given else ""
+    return [
+        SUMMARY.format(
+            rows=len(report["rows"]),
+            scale=_scale(report),
+            counted=sum(counts.values()),
+            told=told,
+            given=said,
+        )
+    ]
 
 
 def _rows(report: Mapping[str, Any]) -> list[str]:
@@ -106,29 +159,69 @@ def _rows(report: Mapping[str, Any]) -> list[str]:
         "",
         "```{rst-class} rows",
         "```",
-        "| | the paper shows | number compared | paper | this run [95 %] | verdict |",
-        "|---|---|---|---|---|---|",
+        "| | verdict | this run [95 %] | effect | number compared | paper | the paper shows |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in report["rows"]:
         found = _finding(row)
         cells = [
             _link(row),
-            f"{found.claim}<br><small>Holds if {html.escape(found.rule)}.</small>",
+            _badge(found.verdict, found.can_fail),
+            found.measured(),
+            html.escape(found.weighed()),
             found.quantity,
             "" if found.paper is None else found.number(found.paper),
-            found.measured(),
-            f"{{bdg-{BADGES[Verdict(found.verdict)]}}}`{found.verdict}`",
+            f"{found.claim}<br><small>Holds if {html.escape(found.rule)}.</small>",
         ]
-        lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
+        lines.append(_table_line(cells))
     return [*lines, ""]
+
+
+def _beyond_rows(report: Mapping[str, Any]) -> list[str]:
+    """List what the paper does not ask; nothing where no notebook says any."""
+    if not report["beyond"]:
+        return []
+    lines = [
+        BEYOND_HEAD,
+        "```{rst-class} rows beyond",
+        "```",
+        "| | verdict | this run [95 %] | effect | number compared | what else to know |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in report["beyond"]:
+        found = _beyond(row)
+        because = f" ({found.reason})" if found.reason else ""
+        cells = [
+            _link(row),
+            _badge(found.verdict),
+            found.measured(),
+            html.escape(found.weighed()),
+            f"{found.quantity}<br><small>Holds if {html.escape(found.rule)}.</small>",
+            html.escape(f"{found.why}{because}".strip()),
+        ]
+        lines.append(_table_line(cells))
+    return [*lines, ""]
+
+
+def _badge(verdict: Verdict | Answer, can_fail: bool = True) -> str:
+    """Return a verdict as a badge; what cannot fail has one of its own."""
+    if not can_fail and verdict == Verdict.REPRODUCED:
+        return "{bdg-secondary}`by construction`"
+    return f"{{bdg-{BADGES[verdict]}}}`{verdict}`"
+
+
+def _table_line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
 
 
 def _reasons(report: Mapping[str, Any]) -> list[str]:
     lines = ["## What differs and why, and what else to know", ""]
     for row in report["rows"]:
         if row["why"]:
-            lines.append(f"* {_link(row)}, {ITEMS[row['id']][0].lower()}{ITEMS[row['id']][1:]} "
-                         f"(**{row['verdict']}**): {row['why']}")  # fmt: skip
+            because = f", {row['reason']}" if row["reason"] and row["reason"] != row["verdict"] else ""
+            about = ITEMS[row["id"]]
+            lines.append(f"* {_link(row)}, {about[0].lower()}{about[1:]} "
+                         f"(**{row['verdict']}**{because}): {row['why']}")  # fmt: skip
     return [*lines, ""]
 
 
@@ -179,8 +272,14 @@ def _short(commit: str | None) -> str:
 
 
 def _finding(row: Mapping[str, Any]) -> Finding:
+    """Make the finding of a row of `collect` again."""
     return Finding(**{key: value for key, value in row.items() if key != "cell"}, label="")
 
 
-def _link(row: Mapping[str, Any]) -> str:
-    return f"{{ref}}`{row['id']} <{row['cell'].split('#')[1]}>`"
+def _beyond(row: Mapping[str, Any]) -> Beyond:
+    """Make the row of `collect_beyond` again."""
+    return Beyond(**{key: value for key, value in row.items() if key != "cell"}, label="")
+
+
+def _link(row: Mapping[str, Any], shown: str = "") -> str:
+    return f"{{ref}}`{shown or row['id']} <{row['cell'].split('#')[1]}>`"

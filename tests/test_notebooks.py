@@ -118,6 +118,7 @@ def test_adaptation_compares_both_models_on_all_data_sets(chapters):
     assert "through SAE" in shown and "membership" in shown and "low-to-high" in shown
     assert shown.count("Silhouettes") >= 4 and "sd over seeds" in shown and "CoOp alone" in shown
     assert "if MaPLe ranks instead of CLIP" in shown
+    assert "Beyond the paper" in shown and "Pairs never seen gain" in shown
     assert figures_of(chapters["05_adaptation"]) >= 10
 
 

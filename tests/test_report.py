@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from itertools import count
 from pathlib import Path
 
@@ -12,12 +13,29 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from patchsae import figures
 from patchsae.errors import PatchSAEError
 from patchsae.evaluation import Interval
-from patchsae.report import ITEMS, KEY, Verdict, above, collect, finding, label_of, within
+from patchsae.report import (
+    BEYOND,
+    ITEMS,
+    KEY,
+    Answer,
+    Reason,
+    Verdict,
+    above,
+    beyond,
+    collect,
+    collect_beyond,
+    count_verdicts,
+    finding,
+    label_of,
+    within,
+)
 from patchsae.stage import project_root
 
 NOTEBOOKS = sorted((project_root() / "notebooks").glob("*.ipynb"))
 DRAWN = {name: getattr(figures, name) for name in figures.__all__ if name[0].islower()}
-SAID = {"claim": "It holds.", "quantity": "gain", "unit": "points", "rule": "it does"}
+WEIGHED = {"effect": 0.5, "effect_name": "Cohen's d"}
+SAID = {"claim": "It holds.", "quantity": "gain", "unit": "points", "rule": "it does"} | WEIGHED
+MORE = {"quantity": "gain", "unit": "points", "rule": "it does", "label": "more"} | WEIGHED
 
 
 def code_below(label: str) -> str:
@@ -101,7 +119,7 @@ def test_a_number_and_its_interval_have_the_same_decimals(ours, written):
     "ours", [float("nan"), Interval(float("nan"), 0.0, 1.0), Interval(float("inf"), 0.0, 1.0)]
 )
 def test_a_number_that_is_none_is_left_empty(ours):
-    row = finding("Fig. 3", ours=ours, verdict=False, why="There is none.", **SAID)
+    row = finding("Fig. 3", ours=ours, verdict=False, why="There is none.", reason=Reason.LACKING, **SAID)
     assert row.ours is None and row.interval is None and "this run –" in str(row)
     json.dumps(row._repr_mimebundle_(), allow_nan=False)
 
@@ -136,16 +154,112 @@ def test_a_verdict_other_than_reproduced_needs_a_reason(verdict):
         finding("Fig. 3", ours=1.0, verdict=verdict, **SAID)
 
 
+@pytest.mark.parametrize("reason", [None, "", "bad luck"])
+@pytest.mark.parametrize("verdict", [False, Verdict.OPEN, Verdict.PAPER_SCALE])
+def test_a_verdict_other_than_reproduced_needs_a_reason_of_a_known_kind(verdict, reason):
+    with pytest.raises(PatchSAEError, match="Fig. 3 is judged .* too few images, at chance"):
+        finding("Fig. 3", ours=1.0, verdict=verdict, why="It does not.", reason=reason, **SAID)
+
+
+def test_a_reason_is_kept_where_it_is_needed_and_dropped_where_the_claim_holds():
+    for verdict, kept in ((False, "effect absent"), (True, None)):
+        row = finding("Fig. 3", ours=1.0, verdict=verdict, why="So.", reason="effect absent", **SAID)
+        shown, metadata = row._repr_mimebundle_()
+        assert metadata[KEY]["reason"] == kept and ("(effect absent)" in shown["text/html"]) == (
+            not verdict
+        )
+
+
+@pytest.mark.parametrize("effect", [float("nan"), float("inf"), float("-inf")])
+def test_an_effect_that_is_not_finite_is_refused(effect):
+    with pytest.raises(PatchSAEError, match="The effect of Fig. 3 is .*: give a finite number, or None"):
+        finding("Fig. 3", ours=1.0, verdict=True, **SAID | {"effect": effect})
+    with pytest.raises(PatchSAEError, match="The effect of More is"):
+        beyond("More", ours=1.0, verdict=True, **MORE | {"effect": effect})
+
+
+def test_a_number_that_can_fail_needs_an_effect():
+    bare = {key: value for key, value in SAID.items() if key not in WEIGHED}
+    with pytest.raises(PatchSAEError, match="Fig. 3 has a number but no effect"):
+        finding("Fig. 3", ours=1.0, verdict=True, **bare)
+    with pytest.raises(PatchSAEError, match="Fig. 3 has a number but no effect"):
+        finding("Fig. 3", ours=1.0, verdict=True, effect=0.5, **bare)
+    assert finding("Fig. 3", ours=1.0, verdict=True, can_fail=False, **bare).weighed() == ""
+    assert finding("Fig. 3", ours=None, verdict=True, **bare).weighed() == ""
+    # a run may have no spread to measure the effect by, and says what it would have been
+    assert finding("Fig. 3", ours=1.0, verdict=True, effect_name="d", **bare).weighed() == "– (d)"
+
+
+def test_an_effect_stands_beside_the_verdict():
+    row = finding("Fig. 3", ours=1.0, verdict=True, **SAID | {"effect": -0.25})
+    shown, metadata = row._repr_mimebundle_()
+    assert metadata[KEY]["effect"] == -0.25 and "−0.25 (Cohen&#x27;s d)" in shown["text/html"]
+
+
+def test_what_is_true_by_construction_says_so_and_is_not_counted():
+    given = finding("Fig. 1", ours=197, verdict=True, can_fail=False, **SAID)
+    assert "true by construction" in given._repr_mimebundle_()[0]["text/html"]
+    rows = [
+        given._repr_mimebundle_()[1][KEY],
+        finding("Fig. 3", ours=1.0, verdict=True, **SAID)._repr_mimebundle_()[1][KEY],
+        finding("Fig. 4", ours=1.0, verdict=False, why="So.", reason=Reason.CHANCE, **SAID)
+        ._repr_mimebundle_()[1][KEY],
+    ]  # fmt: skip
+    assert count_verdicts(rows) == {
+        "reproduced": 1, "differs": 1, "needs paper scale": 0, "not decided": 0,
+    }  # fmt: skip
+
+
+def test_figures_1_and_12_alone_cannot_fail():
+    marked = set()
+    for path in NOTEBOOKS:
+        for cell in nbformat.read(path, 4).cells:
+            if cell.cell_type == "code" and "can_fail=False" in cell.source:
+                marked |= set(re.findall(r'finding\(\s*"([^"]+)"', cell.source))
+    assert marked == {"Fig. 1", "Fig. 12"}
+
+
+@pytest.mark.parametrize(
+    ("verdict", "answer"),
+    [
+        (True, Answer.HOLDS),
+        (False, Answer.FAILS),
+        (Verdict.OPEN, Answer.OPEN),
+        (Verdict.PAPER_SCALE, Answer.OPEN),
+    ],
+)
+def test_beyond_the_paper_nothing_is_reproduced(verdict, answer):
+    row = beyond(
+        "More", ours=Interval(2.0, 1.0, 3.0), verdict=verdict, why="So.", reason="at chance", **MORE
+    )
+    shown, metadata = row._repr_mimebundle_()
+    assert metadata[BEYOND]["verdict"] == answer and metadata[BEYOND]["interval"] == (1, 3)
+    assert 'data-beyond="More"' in shown["text/html"] and "Beyond the paper" in str(row)
+    assert KEY not in metadata
+
+
+def test_a_row_beyond_the_paper_is_refused_without_name_reason_or_effect():
+    with pytest.raises(PatchSAEError, match="needs a name and the label"):
+        beyond("", ours=1.0, verdict=True, **MORE)
+    with pytest.raises(PatchSAEError, match="More is judged 'differs' without a reason"):
+        beyond("More", ours=1.0, verdict=False, **MORE)
+    with pytest.raises(PatchSAEError, match="give as reason one of"):
+        beyond("More", ours=1.0, verdict=False, why="So.", **MORE)
+    with pytest.raises(PatchSAEError, match="More has a number but no effect"):
+        beyond("More", ours=1.0, verdict=True, **MORE | {"effect_name": ""})
+
+
 def test_an_item_that_the_paper_lacks_is_refused():
     with pytest.raises(PatchSAEError, match="The paper has no 'Fig. 23'"):
         finding("Fig. 23", ours=1.0, verdict=True, **SAID)
 
 
-def executed(path: Path, items, targets) -> Path:
-    """Write a notebook that displays rows below targets."""
+def executed(path: Path, items, targets, more=()) -> Path:
+    """Write a notebook that displays rows below targets, and some beyond the paper."""
     cells = [new_markdown_cell("\n".join(f"({target})=" for target in targets) + "\n# Title")]
-    for item in items:
-        row = finding(item, ours=1.0, verdict=True, **SAID)
+    rows = [finding(item, ours=1.0, verdict=True, can_fail=item != "Fig. 1", **SAID) for item in items]
+    rows += [beyond(name, ours=Interval(2.0, 1.0, 3.0), verdict=True, **MORE) for name in more]
+    for row in rows:
         data, metadata = row._repr_mimebundle_()
         output = new_output("execute_result", data=data, metadata=metadata, execution_count=1)
         cells.append(new_code_cell("row", outputs=[output]))
@@ -180,6 +294,97 @@ def test_a_row_that_is_missing_double_or_leads_nowhere_is_refused(tmp_path, item
         collect([path])
 
 
+def test_rows_beyond_the_paper_are_collected_apart(tmp_path):
+    items = list(ITEMS)
+    targets = [*map(label_of, items), "more"]
+    paths = [
+        executed(tmp_path / "01.ipynb", items[:12], targets, ["One", "Two"]),
+        executed(tmp_path / "02.ipynb", items[12:], targets, ["Three"]),
+    ]
+    assert [row["id"] for row in collect(paths)] == items
+    rows = collect_beyond(paths)
+    assert [(row["id"], row["cell"]) for row in rows] == [
+        ("One", "01.ipynb#more"), ("Two", "01.ipynb#more"), ("Three", "02.ipynb#more"),
+    ]  # fmt: skip
+    assert set(rows[0]) >= {"quantity", "ours", "interval", "rule", "verdict", "reason", "why", "effect"}
+    json.dumps(rows, allow_nan=False)
+    assert collect_beyond([executed(tmp_path / "03.ipynb", items, targets)]) == []
+
+
+@pytest.mark.parametrize(
+    ("names", "targets", "message"),
+    [
+        (["One", "One"], ["more"], "reports One, but one.ipynb#more does too"),
+        (["One"], ["less"], r"reports One but has no target \(more\)="),
+    ],
+)
+def test_a_row_beyond_the_paper_that_is_double_or_leads_nowhere_is_refused(
+    tmp_path, names, targets, message
+):
+    with pytest.raises(PatchSAEError, match=message):
+        collect_beyond([executed(tmp_path / "one.ipynb", [], targets, names)])
+
+
+@pytest.fixture
+def writer(monkeypatch):
+    """Return book/report.py, which is no part of the package."""
+    monkeypatch.setattr(sys, "path", [str(project_root() / "book"), *sys.path])
+    sys.modules.pop("report", None)
+    import report
+
+    yield report
+    sys.modules.pop("report")
+
+
+@pytest.fixture
+def small_report(tmp_path) -> dict:
+    """Return a report of two notebooks with a row beyond the paper, as the build gathers it."""
+    items = list(ITEMS)
+    path = executed(
+        tmp_path / "01_all.ipynb", items, [*map(label_of, items), "more"], ["More | than <that>"]
+    )
+    rows = collect([path])
+    rows[3] |= {"verdict": "differs", "reason": "effect reversed", "why": "It is less."}
+    book = {"notebook": "01_all.ipynb", "scale": "embedded", "seconds": 1.0, "peak_mb": 1.0, "machine": "m"}
+    return {
+        "rows": rows, "counts": count_verdicts(rows), "beyond": collect_beyond([path]),
+        "notebooks": [book | {"seeds": {"seed": 0}, "started": "now", "commit": "c"}],
+        "commit": "c", "versions": {"python": "3"},
+    }  # fmt: skip
+
+
+def test_the_page_shows_verdict_and_effect_first_and_what_is_beyond_below(writer, small_report, tmp_path):
+    writer.write_page(project_root(), small_report, tmp_path / "report.md")
+    text = (tmp_path / "report.md").read_text()
+    lines = text.splitlines()
+    assert "Of the 23 that a run can refute: reproduced 22, differs 1." in text
+    assert "Not counted, because true by construction: {ref}`Fig. 1 <fig-1>`." in text
+    row = next(line for line in lines if line.startswith("| {ref}`Fig. 4 <fig-4>`"))
+    assert [cell.strip() for cell in row.split("|")[2:5]] == [
+        "{bdg-warning}`differs`", "1 points", "0.5 (Cohen&#x27;s d)",
+    ]  # fmt: skip
+    assert "| {bdg-secondary}`by construction` |" in text
+    assert "(**differs**, effect reversed): It is less." in text
+    head, below = text.split("## Beyond the paper")
+    assert head.count("{bdg-") == len(ITEMS) and below.count("{bdg-") == 1
+    assert r"{ref}`More \| than <that> <more>` | {bdg-success}`holds` | 2.00 [1.00, 3.00] points" in below
+
+
+def test_a_report_without_rows_beyond_has_no_such_part(writer, small_report, tmp_path):
+    writer.write_page(project_root(), small_report | {"beyond": []}, tmp_path / "report.md")
+    writer.write_digest(small_report | {"beyond": []}, tmp_path / "digest.txt")
+    assert "Beyond the paper" not in (tmp_path / "report.md").read_text()
+    assert "Beyond the paper" not in (tmp_path / "digest.txt").read_text()
+
+
+def test_the_digest_counts_and_names_what_is_beyond(writer, small_report, tmp_path):
+    writer.write_digest(small_report, tmp_path / "digest.txt")
+    text = (tmp_path / "digest.txt").read_text()
+    assert "of the 23 figures and tables" in text and "**reproduced 22, differs 1**" in text
+    assert "{ref}`shown here <more>`): holds." in text
+    assert "```{include} digest.txt" in (project_root() / "book" / "intro.md").read_text()
+
+
 @pytest.fixture(scope="module")
 def report(html) -> dict:
     """Return the report of the built book."""
@@ -193,6 +398,12 @@ def test_the_built_report_has_24_rows_and_what_they_cost(report):
         assert row["ours"] is None or isinstance(row["ours"], float)
         assert row["why"] or row["verdict"] == Verdict.REPRODUCED
         assert row["interval"] is None or row["interval"][0] <= row["ours"] <= row["interval"][1]
+        assert (row["reason"] in set(Reason)) == (row["verdict"] != Verdict.REPRODUCED)
+        assert row["effect"] is None or isinstance(row["effect"], float)
+        assert row["effect_name"] or row["ours"] is None or not row["can_fail"]
+    assert report["counts"] == count_verdicts(report["rows"])
+    assert [row["id"] for row in report["rows"] if not row["can_fail"]] == ["Fig. 1", "Fig. 12"]
+    assert "05_adaptation.ipynb#seen-and-unseen" in [row["cell"] for row in report["beyond"]]
     assert [book["notebook"] for book in report["notebooks"]] == [path.name for path in NOTEBOOKS]
     for book in report["notebooks"]:
         assert book["seconds"] > 0 and "seed" in book["seeds"] and book["scale"] == "embedded"

@@ -9,7 +9,8 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -24,6 +25,8 @@ if TYPE_CHECKING:  # the build reads findings without waiting for torch
 
 KEY = "patchsae"
 """Where a finding stands in its output's metadata; as a MIME type of its own the book would warn of it."""
+BEYOND = "patchsae-beyond"
+"""Where a row beyond the paper stands there."""
 
 ITEMS = {
     "Fig. 1": "Overview",
@@ -65,35 +68,68 @@ class Verdict(StrEnum):
     """The interval holds both answers, or this run lacks something, such as object masks."""
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One row of the report."""
+class Answer(StrEnum):
+    """Whether something that the paper does not say holds in a run."""
+
+    HOLDS = "holds"
+    FAILS = "does not hold"
+    OPEN = "not decided"
+
+
+ANSWERS = {
+    Verdict.REPRODUCED: Answer.HOLDS,
+    Verdict.DIFFERS: Answer.FAILS,
+    Verdict.PAPER_SCALE: Answer.OPEN,
+    Verdict.OPEN: Answer.OPEN,
+}
+
+
+class Reason(StrEnum):
+    """Why a statement does not hold or cannot be told, in a word that can be counted."""
+
+    FEW = "too few images"
+    """Or too few classes, latents or data sets: the interval holds both answers."""
+    CHANCE = "at chance"
+    """Chance, or a control that knows nothing, does as well."""
+    WEAK = "model too weak"
+    """The model that is looked at cannot do what is asked about."""
+    ABSENT = "effect absent"
+    """What the paper sees is not there, or not of the size that the rule asks."""
+    REVERSED = "effect reversed"
+    """It is clearly the other way round."""
+    PRESENT = "effect present"
+    """The paper sees none, and here is one beyond the margin."""
+    SHORT = "training too short"
+    LACKING = "data lacking"
+    """This run has not what the rule asks about: masks, a second data set, another model."""
+    PAPER_SCALE = "needs paper scale"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What a row of the report says, of the paper or beyond it."""
 
     id: str
-    """A key of ITEMS."""
+    """Its name; of a `Finding` a key of ITEMS."""
     label: str
     """Target of the cell that makes the figure or table, in the same notebook."""
-    claim: str
-    """What the paper shows, in one sentence."""
     quantity: str
     """What the numbers are."""
     unit: str
-    paper: float | None
-    """The paper's number of this quantity, None where it prints none."""
     ours: float | None
     interval: tuple[float, float] | None
     """95 % interval of `ours`."""
     rule: str
-    """When the claim counts as holding, after 'Holds if'."""
-    verdict: Verdict
+    """When the statement counts as holding, after 'Holds if'."""
+    verdict: Verdict | Answer
+    reason: Reason | None
+    """Why it does not hold or is not decided; None where it holds."""
     why: str
-    """Why the verdict is not 'reproduced', or what else to know."""
-
-    def __str__(self) -> str:
-        return (
-            f"{self.id}, {self.verdict}: {self.quantity}: paper {self.number(self.paper)}, "
-            f"this run {self.measured()}. {self.why}".rstrip()
-        )
+    """The same as a sentence, or what else to know."""
+    effect: float | None
+    """How much it weighs, on a scale that is the same for small and large runs."""
+    effect_name: str
+    """What `effect` is, in one phrase."""
 
     def number(self, value: float | None) -> str:
         """Write a number with its unit, or a dash."""
@@ -108,25 +144,89 @@ class Finding:
         value, low, high = (_written(number, f".{digits}f") for number in (self.ours, *self.interval))
         return f"{value} [{low}, {high}]{self._unit()}"
 
+    def weighed(self) -> str:
+        """Write the effect and what it is; empty where there is no number to weigh."""
+        if not self.effect_name:
+            return ""
+        return f"{'–' if self.effect is None else _written(self.effect, '.3g')} ({self.effect_name})"
+
     def _unit(self) -> str:
         return f" {self.unit}" if self.unit else ""
+
+    def _because(self) -> str:
+        return f" ({self.reason})" if self.reason else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding(Row):
+    """What a run says about one figure or table of the paper."""
+
+    claim: str
+    """What the paper shows, in one sentence."""
+    paper: float | None
+    """The paper's number of this quantity, None where it prints none."""
+    can_fail: bool
+    """Whether a run could come out otherwise; what is true by construction is shown and not counted."""
+
+    def __str__(self) -> str:
+        effect = self.weighed()
+        return (
+            f"{self.id}, {self.verdict}{self._because()}: {self.quantity}: paper "
+            f"{self.number(self.paper)}, this run {self.measured()}{effect and f', effect {effect}'}. "
+            f"{self.why}".rstrip()
+        )
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict, dict]:
         return {"text/plain": str(self), "text/html": self._card()}, {KEY: asdict(self)}
 
     def _card(self) -> str:
-        kind = self.verdict.value.replace(" ", "-")
         paper = "no number" if self.paper is None else self.number(self.paper)
-        lines = [
-            f'<div class="finding finding-{kind}" data-finding="{self.id}">',
-            f"<p><strong>{self.id}: {self.verdict}.</strong> {html.escape(self.claim)}</p>",
-            f"<p>Compared: {html.escape(self.quantity)}. Paper: {paper}; "
-            f"this run: <strong>{self.measured()}</strong>.</p>",
-            f"<p>Holds if {html.escape(self.rule)}.</p>",
-            f"<p>{html.escape(self.why)}</p>" if self.why else "",
-            "</div>",
-        ]
-        return "".join(lines)
+        judged = self.verdict if self.can_fail else f"{self.verdict}, true by construction"
+        return _box(
+            self,
+            f'data-finding="{self.id}"',
+            self.verdict.value.replace(" ", "-") if self.can_fail else "given",
+            f"<strong>{self.id}: {judged}{self._because()}.</strong> {html.escape(self.claim)}",
+            f"Paper: {paper}; this run",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beyond(Row):
+    """What a run says about something that the paper does not ask."""
+
+    def __str__(self) -> str:
+        effect = self.weighed()
+        return (
+            f"Beyond the paper, {self.id}, {self.verdict}{self._because()}: {self.quantity}: "
+            f"{self.measured()}{effect and f', effect {effect}'}. {self.why}".rstrip()
+        )
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict, dict]:
+        return {"text/plain": str(self), "text/html": self._card()}, {BEYOND: asdict(self)}
+
+    def _card(self) -> str:
+        kind = {Answer.HOLDS: "reproduced", Answer.FAILS: "differs", Answer.OPEN: "not-decided"}
+        return _box(
+            self,
+            f'data-beyond="{html.escape(self.id)}"',
+            kind[self.verdict],
+            f"<strong>Beyond the paper: {self.verdict}{self._because()}.</strong> {html.escape(self.id)}",
+            "This run",
+        )
+
+
+def _box(row: Row, names: str, kind: str, title: str, before: str) -> str:
+    effect = row.weighed()
+    lines = [
+        title,
+        f"Compared: {html.escape(row.quantity)}. {before}: <strong>{row.measured()}</strong>.",
+        f"Effect: {html.escape(effect)}." if effect else "",
+        f"Holds if {html.escape(row.rule)}.",
+        html.escape(row.why),
+    ]
+    shown = "".join(f"<p>{line}</p>" for line in lines if line)
+    return f'<div class="finding finding-{kind}" {names}>{shown}</div>'
 
 
 def _written(value: float, form: str) -> str:
@@ -144,6 +244,10 @@ def finding(
     rule: str,
     verdict: bool | Verdict,
     why: str = "",
+    reason: Reason | str | None = None,
+    effect: float | None = None,
+    effect_name: str = "",
+    can_fail: bool = True,
     unit: str = "",
     paper: float | None = None,
     label: str = "",
@@ -155,19 +259,118 @@ def finding(
     ours : number in `unit`, alone or with its interval; what is not finite becomes None
     rule : when the claim counts as holding, to be read after "Holds if"
     verdict : whether the claim holds in this run, or that this cannot be told
-    why : needed unless the claim holds
+    why, reason : needed unless the claim holds; `reason` is dropped where it holds
+    effect, effect_name : what the result weighs, and what that number is in one phrase. The name is needed
+        with a number that can fail; the effect is None where the run has no spread to measure it by
+    can_fail : False for what is true by construction: it is shown, and not counted
     label : target of the cell, `fig-3` for "Fig. 3" where left out
 
-    Raises PatchSAEError for an item that the paper does not have, and for a missing reason.
+    Raises PatchSAEError for an item that the paper does not have, for a missing reason or effect, and for
+    an effect that is not finite.
     """
     if item not in ITEMS:
         raise PatchSAEError(f"The paper has no '{item}': give one of {', '.join(ITEMS)}.")
-    if isinstance(verdict, Verdict):
-        judged = verdict
-    else:
-        judged = Verdict.REPRODUCED if verdict else Verdict.DIFFERS
+    judged = _verdict(verdict)
+    common = _checked(item, judged, ours, why, reason, effect, effect_name, can_fail)
+    return Finding(
+        id=item,
+        label=label or label_of(item),
+        claim=claim,
+        quantity=quantity,
+        unit=unit,
+        paper=paper,
+        rule=rule,
+        verdict=judged,
+        can_fail=bool(can_fail),
+        **common,
+    )
+
+
+def beyond(
+    name: str,
+    *,
+    quantity: str,
+    ours: Interval | float | None,
+    rule: str,
+    verdict: bool | Verdict,
+    label: str,
+    why: str = "",
+    reason: Reason | str | None = None,
+    effect: float | None = None,
+    effect_name: str = "",
+    unit: str = "",
+) -> Beyond:
+    """State what this run says about something that the paper does not ask, as the last value of a cell.
+
+    The report lists it below the paper's figures and tables and apart from their counts.
+
+    Parameters
+    ----------
+    name : the statement in one short sentence, without a number; each name once in the book
+    verdict : judged like a `finding`; "reproduced" reads "holds" here, "differs" reads "does not hold"
+    label : target `(label)=` above the cell
+
+    The other parameters and what is refused are those of `finding`.
+    """
+    if not name or not label:
+        raise PatchSAEError("A row beyond the paper needs a name and the label of its cell: give both.")
+    judged = _verdict(verdict)
+    common = _checked(name, judged, ours, why, reason, effect, effect_name)
+    return Beyond(
+        id=name,
+        label=label,
+        quantity=quantity,
+        unit=unit,
+        rule=rule,
+        verdict=ANSWERS[judged],
+        **common,
+    )
+
+
+def _verdict(given: bool | Verdict) -> Verdict:
+    if isinstance(given, Verdict):
+        return given
+    return Verdict.REPRODUCED if given else Verdict.DIFFERS
+
+
+def _checked(
+    name: str,
+    judged: Verdict,
+    ours: Interval | float | None,
+    why: str,
+    reason: Reason | str | None,
+    effect: float | None,
+    effect_name: str,
+    can_fail: bool = True,
+) -> dict[str, Any]:
+    """Return the fields that every row checks alike."""
     if judged is not Verdict.REPRODUCED and not why:
-        raise PatchSAEError(f"{item} is judged '{judged}' without a reason: say why.")
+        raise PatchSAEError(f"{name} is judged '{judged}' without a reason: say why.")
+    if judged is not Verdict.REPRODUCED and reason not in set(Reason):
+        raise PatchSAEError(
+            f"{name} is judged '{judged}' for the reason '{reason}': give as reason one of "
+            f"{', '.join(Reason)}."
+        )
+    value, interval = _number(ours)
+    if effect is not None and not math.isfinite(effect):
+        raise PatchSAEError(
+            f"The effect of {name} is {effect}: give a finite number, or None where the run has no spread "
+            "to measure it by."
+        )
+    if not effect_name and (effect is not None or can_fail and value is not None):
+        raise PatchSAEError(f"{name} has a number but no effect: give effect and effect_name.")
+    return {
+        "ours": value,
+        "interval": interval,
+        "why": why,
+        "reason": None if judged is Verdict.REPRODUCED else Reason(reason),
+        "effect": None if effect is None or value is None else float(effect),
+        "effect_name": effect_name if value is not None else "",
+    }
+
+
+def _number(ours: Interval | float | None) -> tuple[float | None, tuple[float, float] | None]:
+    """Split a number from its interval; what is not finite becomes None."""
     value, interval = ours, None
     if isinstance(ours, tuple):
         value, interval = ours[0], (float(ours[1]), float(ours[2]))
@@ -175,9 +378,7 @@ def finding(
         value = None
     if value is None or interval and not all(math.isfinite(end) for end in interval):
         interval = None
-    value = None if value is None else float(value)
-    name = label or label_of(item)
-    return Finding(item, name, claim, quantity, unit, paper, value, interval, rule, judged, why)
+    return (None if value is None else float(value)), interval
 
 
 def above(found: Interval, bound: float = 0.0) -> Verdict:
@@ -208,17 +409,36 @@ def labels(notebook: nbformat.NotebookNode) -> list[str]:
 def collect(notebooks: Sequence[Path]) -> list[dict[str, Any]]:
     """Read the findings of executed notebooks: one row per item of the paper, in the paper's order.
 
-    Each row holds the fields of `Finding` but `label`, and `cell`, '<notebook>#<label>'. Raises
-    PatchSAEError if an item has no row or two, or if a row's label is not in its notebook.
+    Each row holds the fields of `Finding` but `label`, and `cell`, '<notebook>#<label>'. Rows beyond the
+    paper are not among them. Raises PatchSAEError if an item has no row or two, or if a row's label is not
+    in its notebook.
     """
+    rows = _collected(notebooks, KEY)
+    missing = [item for item in ITEMS if item not in rows]
+    if missing:
+        raise PatchSAEError(f"No notebook reports {', '.join(missing)}: end its cell with a finding.")
+    return [rows[item] for item in ITEMS]
+
+
+def collect_beyond(notebooks: Sequence[Path]) -> list[dict[str, Any]]:
+    """Read the rows beyond the paper of executed notebooks, in the order of the book; there may be none.
+
+    Each holds the fields of `Beyond` but `label`, and `cell`. Raises PatchSAEError if two have one name, or
+    if a row's label is not in its notebook.
+    """
+    return list(_collected(notebooks, BEYOND).values())
+
+
+def _collected(notebooks: Sequence[Path], key: str) -> dict[str, dict[str, Any]]:
+    """Read rows by their id from outputs' metadata."""
     rows: dict[str, dict[str, Any]] = {}
     for path in notebooks:
         notebook = nbformat.read(path, as_version=4)
         targets = labels(notebook)
         outputs = (out for cell in notebook.cells for out in cell.get("outputs", ()))
-        for found in (out["metadata"][KEY] for out in outputs if KEY in out.get("metadata", {})):
+        for found in (out["metadata"][key] for out in outputs if key in out.get("metadata", {})):
             row = dict(found)
-            item, label = row["id"], row.pop("label")
+            item, label = row.pop("id"), row.pop("label")
             if item in rows:
                 raise PatchSAEError(
                     f"{path.name} reports {item}, but {rows[item]['cell']} does too: keep one."
@@ -228,7 +448,10 @@ def collect(notebooks: Sequence[Path]) -> list[dict[str, Any]]:
                     f"{path.name} reports {item} but has no target ({label})=: put it above the cell."
                 )
             rows[item] = {"id": item, "cell": f"{path.name}#{label}"} | row
-    missing = [item for item in ITEMS if item not in rows]
-    if missing:
-        raise PatchSAEError(f"No notebook reports {', '.join(missing)}: end its cell with a finding.")
-    return [rows[item] for item in ITEMS]
+    return rows
+
+
+def count_verdicts(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Count the verdicts of the rows that can fail: each verdict of `Verdict`, in its order."""
+    counted = Counter(row["verdict"] for row in rows if row["can_fail"])
+    return {str(verdict): counted[verdict] for verdict in Verdict}
