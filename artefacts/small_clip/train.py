@@ -64,6 +64,8 @@ class Phase:
     """Images per step, if not the recipe's."""
     mosaics: int = 0
     """Images per step that are put together from four scenes of half their side, for the patches alone."""
+    mosaic_objects: tuple[float, ...] = (0.7, 0.3, 0.0, 0.0)
+    """Probability of 1, 2, 3, 4 objects in a quarter of a mosaic."""
     mosaic_keep: float = 0.6
     """Share of a mosaic's patches that are not dropped."""
     mosaic_scale: tuple[float, float] = (0.55, 1.2)
@@ -335,8 +337,7 @@ def mosaic_patches(order: torch.Tensor, side: int) -> torch.Tensor:
 def draw_batch(recipe: Recipe, phase: Phase, seen: int, tokenizer, normal: dict, device: str) -> Batch:
     """Draw the step that begins at image number `seen`, the same in a run that was resumed."""
     where = np.arange(seen, seen + (phase.batch or recipe.batch))
-    look = {"objects": phase.objects, "tint": phase.tint}
-    config = SceneConfig(size=phase.size, scale=phase.scale, **look)
+    config = SceneConfig(size=phase.size, objects=phase.objects, scale=phase.scale, tint=phase.tint)
     scenes = render("train", recipe.seed, where, config, device=device)
     said = captions(f"clip/{recipe.seed}", where, scenes)
     side = phase.size // 8
@@ -347,7 +348,9 @@ def draw_batch(recipe: Recipe, phase: Phase, seen: int, tokenizer, normal: dict,
         keep = order[:, : round(side**2 * phase.keep)].to(device)
     shown = [scenes.concepts]
     if phase.mosaics:
-        small = SceneConfig(size=phase.size // 2, scale=phase.mosaic_scale, **look)
+        small = replace(
+            config, size=phase.size // 2, objects=phase.mosaic_objects, scale=phase.mosaic_scale
+        )
         # scenes of their own, beyond any that a phase shows whole
         start = 2**40 + 4 * phase.mosaics * (seen // len(where))
         quarters = render(
