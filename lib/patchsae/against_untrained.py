@@ -74,7 +74,7 @@ def measure(
     backbone: Backbone,
     probes: Probes,
     starts: Mapping[str, SAE | None],
-    others: Sequence[SAE] = (),
+    others: Sequence[SAE] | None = (),
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Learned]:
@@ -84,14 +84,15 @@ def measure(
     ----------
     starts : each SAE before training: `SAE(config, seed)`, or another where rows began as data; None where
         it is not known
-    others : SAEs of the same recipe from other seeds; those of `saes` are matched with one another too
+    others : SAEs of the same recipe from other seeds; those of `saes` are matched with one another too.
+        None matches nothing: for `saes` of different recipes
     seed : of untrained SAEs, of nulls and of intervals
 
     Raises
     ------
     PatchSAEError : weights or tokens that are not finite; no latent with a full set of references.
     """
-    extra = {f"other {n}": sae for n, sae in enumerate(others)}
+    extra = {f"other {n}": sae for n, sae in enumerate(others or ())}
     for name, sae in {**saes, **extra}.items():
         if not all(bool(torch.isfinite(w).all()) for w in sae.state_dict().values()):
             raise PatchSAEError(f"SAE '{name}' has numbers that are not finite; remake it (make saes).")
@@ -108,7 +109,8 @@ def measure(
     for name, sae in saes.items():
         own, plain = seen.top[name], seen.top[f"untrained {name}"]
         tables = scored[name], scored[f"untrained {name}"], scored["ceiling"]
-        rest = {key: other for key, other in {**saes, **extra}.items() if key != name}
+        same = {} if others is None else {**saes, **extra}
+        rest = {key: other for key, other in same.items() if key != name}
         l0 = float(said.active[name].mean())
         error, pca = said.error[name], said.energy[:, round(l0) :].sum(1)
         found[name] = Learned(
