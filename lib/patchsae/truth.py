@@ -9,13 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from torch import Tensor
 
 from .backbone import Backbone
 from .best_latents import random_sae
 from .errors import PatchSAEError
-from .evaluation import Interval, bootstrap
+from .evaluation import Interval, bootstrap, group_auroc
 from .factors import Factor, Levels, differ, levels, pair_base, plan_scenes, shown
 from .localization import patch_tokens
 from .pictograms import Layout, paint
@@ -84,28 +83,6 @@ class Truth(NamedTuple):
     """Explained share of the trained SAE minus that of the untrained one."""
 
 
-def auroc(score: np.ndarray, member: np.ndarray, chunk: int = 512) -> np.ndarray:
-    """Compute how well each unit tells each level: score [N, U], member bool [N, L] to float64 [L, U].
-
-    The probability that a scene with the level has the higher score, ties counted half: rank sums of all
-    levels in one product. NaN for a level that all scenes have, or none. `chunk` units at a time.
-
-    Raises
-    ------
-    PatchSAEError : a score is not finite.
-    """
-    if not np.isfinite(score).all():
-        raise PatchSAEError("activations with NaN or infinity cannot be ranked; check the SAE's weights.")
-    count, sides = member.sum(0)[:, None], member.T.astype(np.float64)
-    found = np.empty((member.shape[1], score.shape[1]))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        for first in range(0, score.shape[1], chunk):
-            part = np.s_[:, first : first + chunk]
-            rank = rankdata(score[part], axis=0)
-            found[part] = (sides @ rank / count - (count + 1) / 2) / (len(score) - count)
-    return found
-
-
 def asked(in_a: np.ndarray, in_b: np.ndarray, least: int) -> np.ndarray:
     """Tell which levels [N, L] at least `least` scenes of each half have, and as many lack: bool [L]."""
     return np.all([(m.sum(0) >= least) & ((~m).sum(0) >= least) for m in (in_a, in_b)], axis=0)
@@ -129,7 +106,7 @@ def explain(
     usable = np.flatnonzero(asked(in_a, in_b, config.least))
     if not len(usable):
         raise PatchSAEError(f"no level has {config.least} scenes in either half; take more images.")
-    chosen, judged = auroc(a, in_a[:, usable]), auroc(b, in_b[:, usable])  # [levels asked, U]
+    chosen, judged = group_auroc(a, in_a[:, usable]), group_auroc(b, in_b[:, usable])  # [levels asked, U]
     living = (a > 0).sum(0) >= config.least
     best = chosen.argmax(0)
     score = np.where(living, judged[best, np.arange(len(best))], np.nan)
@@ -158,7 +135,7 @@ def supervised(
     means[~np.isfinite(means)] = 0
     directions = np.linalg.solve((1 - shrinkage) * covariance + shrinkage * round_, means.T)  # [d, L]
     both = zip((b @ directions).T, in_b.T, strict=True)
-    return np.array([auroc(s[:, None], m[:, None])[0, 0] for s, m in both])
+    return np.array([group_auroc(s[:, None], m[:, None])[0, 0] for s, m in both])
 
 
 def selectivity(effect: np.ndarray) -> np.ndarray:
@@ -173,11 +150,20 @@ def explained_by(truth: Truth, name: Dictionary) -> np.ndarray:
     return np.bincount(truth.levels.factor[found.level[found.hit]], minlength=len(Factor))
 
 
-def coverage(truth: Truth, factor: Factor = Factor.OBJECT) -> dict[str, np.ndarray]:
-    """Return the held-out AUROC of the best unit of each level of a factor: float64 [its levels] by name."""
-    own = truth.levels.factor == tuple(Factor).index(factor)
+def clearest(truth: Truth, name: Dictionary, per_factor: int) -> np.ndarray:
+    """List the units with the highest held-out AUROC of each factor, explained or not, factor by factor."""
+    found = truth.explained[name]
+    units = np.flatnonzero(found.living)
+    units = units[np.lexsort((-found.auroc[units], truth.levels.factor[found.level[units]]))]
+    factor = truth.levels.factor[found.level[units]]
+    return np.concatenate([units[factor == f][:per_factor] for f in range(len(Factor))])
+
+
+def coverage(truth: Truth, factor: Factor | None = None) -> dict[str, np.ndarray]:
+    """Return the held-out AUROC of each level's best unit, and of the ceiling: float64 [levels] by name."""
+    own = truth.levels.factor == tuple(Factor).index(factor) if factor else np.s_[:]
     best = {str(name): found.unit_auroc[own] for name, found in truth.explained.items()}
-    return best | {"supervised": truth.ceiling[own]}
+    return best | {"supervised directions": truth.ceiling[own]}
 
 
 def dictionaries(sae: SAE, x: Tensor, seed: int = 0) -> dict[Dictionary, Units]:
