@@ -332,6 +332,30 @@ def rank_correlation(a: np.ndarray, b: np.ndarray, seed: int = 0, draws: int = 1
     return Interval(spearman(pairs), float(low), float(high))
 
 
+def group_auroc(score: np.ndarray, member: np.ndarray, chunk: int = 512) -> np.ndarray:
+    """Compute how well each score tells each group from the rest: [N, U], bool [N, L] to float64 [L, U].
+
+    The probability that a member's score is higher than another's, ties counted half: the rank sums of all
+    groups in one product, `chunk` scores at a time. NaN for a group of all or none.
+
+    Raises
+    ------
+    PatchSAEError : a score is not finite.
+    """
+    if not np.isfinite(score).all():
+        raise PatchSAEError(
+            "scores with NaN or infinity cannot be ranked; check the weights they came from."
+        )
+    count, sides = member.sum(0)[:, None], member.T.astype(np.float64)
+    found = np.empty((member.shape[1], score.shape[1]))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        for first in range(0, score.shape[1], chunk):
+            part = np.s_[:, first : first + chunk]
+            rank = rankdata(score[part], axis=0)
+            found[part] = (sides @ rank / count - (count + 1) / 2) / (len(score) - count)
+    return found
+
+
 def wilson(right: np.ndarray, of: np.ndarray) -> Interval:
     """Return shares `right` / `of` with 95 % Wilson intervals, which stay honest for few and near 0 and 1.
 

@@ -36,6 +36,9 @@ TINTS = {
     "grey": (0.7, 0.7, 0.7),
 }
 
+# what can stand behind the objects, and the share of scenes that have it
+GROUNDS = {"photo": 0.45, "gradient": 0.2, "flat": 0.15, "noise": 0.2}
+
 
 @dataclass(frozen=True)
 class SceneConfig:
@@ -282,10 +285,15 @@ def _colour(drawn: torch.Tensor, tint: np.ndarray) -> None:
         drawn[rows, :3] = light * colours[:, :, None, None]
 
 
+def ground_kind(ground: np.ndarray) -> np.ndarray:
+    """Tell which of GROUNDS each background is, by its uniforms [B, 16]: int64 [B]."""
+    return _pick(ground[:, 0], tuple(GROUNDS.values()))
+
+
 def _background(g: np.ndarray, split: str, size: int, device) -> torch.Tensor:
     """Draw photo, gradient, flat and noise backgrounds: float32 [B, 3, S, S] in 0..255."""
     n, source = len(g), textures(split, device)
-    kind = _pick(g[:, 0], (0.45, 0.2, 0.15, 0.2))
+    kind = ground_kind(g)
     colours = torch.from_numpy(g[:, 1:7].astype(np.float32)).view(n, 2, 3, 1, 1).to(device) * 255
     line = torch.linspace(-1, 1, size, device=device)
     turn = torch.from_numpy((g[:, 7] * 2 * np.pi).astype(np.float32)).view(n, 1, 1).to(device)

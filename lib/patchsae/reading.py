@@ -8,10 +8,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from scipy.stats import rankdata
 from torch import Tensor
 
 from .errors import PatchSAEError
+from .evaluation import group_auroc
 from .pictograms import uniforms
 from .sprites import photos, words
 
@@ -59,12 +59,10 @@ def auroc(activation: np.ndarray, labels: np.ndarray) -> np.ndarray:
     The probability that an image of the class activates the latent more than one of another class, ties
     counted half; 0.5 for a silent latent.
     """
-    rank, count = rankdata(activation, axis=0), np.bincount(labels)
+    count = np.bincount(labels)
     if len(count) < 2 or not count.all():
         raise PatchSAEError("telling classes apart takes at least two, each with an image.")
-    member = (labels == np.arange(len(count))[:, None]).astype(np.float64)  # [C, N]
-    mean = member @ rank / count[:, None]
-    return (mean - (count[:, None] + 1) / 2) / (len(labels) - count[:, None])
+    return group_auroc(activation, labels[:, None] == np.arange(len(count)))
 
 
 class Multimodal(NamedTuple):

@@ -9,6 +9,7 @@ from .parts import Shown
 from .statistics import (
     activation_histograms,
     co_activation_map,
+    known_truth,
     mass_scatter,
     purity_histogram,
     reference_images,
@@ -35,6 +36,7 @@ __all__ = [
     "domain_shift",
     "gain_shares",
     "image_row",
+    "known_truth",
     "latent_rows",
     "layers",
     "learning_curve",

@@ -138,3 +138,62 @@ def reference_matrix(
     for axis, name in zip(axes[0], columns, strict=True):
         axis.set_title(name, fontsize=6)
     return figure
+
+
+@figure_of()
+def known_truth(
+    shares: Mapping[str, tuple[float, float, float]],
+    found: Mapping[str, float],
+    factors: Mapping[str, int],
+    moved: np.ndarray,
+    owner: Sequence[str],
+) -> Figure:
+    """Show how much of each dictionary known levels explain, by which factors, and what moves its latents.
+
+    Parameters
+    ----------
+    shares : explained share of each dictionary's units with its interval
+    found : share of the levels that the best unit of each tells; may have more names
+    factors : explained latents of the SAE by factor
+    moved : [factors, n], share of what moves each of n latents
+    owner : factor of each of these latents' level; equal ones stand together
+    """
+    figure = plt.figure(figsize=(7, 5.6), layout="constrained")
+    grid = figure.add_gridspec(2, 2, height_ratios=(1, 1.1), width_ratios=(1.5, 1))
+    left, right, below = (figure.add_subplot(g) for g in (grid[0, 0], grid[0, 1], grid[1, :]))
+    for y, (name, share) in enumerate(found.items()):
+        left.plot(100 * share, y + 0.16, "D", ms=6, mfc="none", color="tab:orange")
+        texts = [(y + 0.16, 100 * share, 100 * share, "tab:orange")]
+        if name in shares:
+            value, low, high = (100 * v for v in shares[name])
+            left.errorbar(
+                value, y - 0.16, xerr=[[value - low], [high - value]], fmt="o", color="tab:blue", capsize=3
+            )
+            texts.append((y - 0.16, value, high, "tab:blue"))
+        for height, value, end, colour in texts:
+            left.annotate(
+                f"{value:.0f} %", (end, height), xytext=(8, 0), textcoords="offset points", va="center",
+                fontsize=8, color=colour,
+            )  # fmt: skip
+    left.set_yticks(range(len(found)), list(found), fontsize=9)
+    left.set(xlim=(0, 112), ylim=(len(found) - 0.4, -1.1), xlabel="share (%)")
+    left.set_xticks(range(0, 101, 25))
+    left.text(1, -0.75, "● units explained", color="tab:blue", fontsize=8, va="center")
+    left.text(60, -0.75, "◇ levels told", color="tab:orange", fontsize=8, va="center")
+    bars = right.barh(list(factors), list(factors.values()), color="tab:blue")
+    right.bar_label(bars, padding=2, fontsize=8)
+    right.invert_yaxis()
+    right.margins(x=0.2)
+    right.tick_params(labelsize=9)
+    right.set_xlabel("explained latents, trained SAE")
+    picture = below.imshow(moved, aspect="auto", cmap="magma", vmin=0, interpolation="nearest")
+    below.set_yticks(range(len(factors)), list(factors), fontsize=9)
+    edges = [i for i in range(1, len(owner)) if owner[i] != owner[i - 1]]
+    for edge in edges:
+        below.axvline(edge - 0.5, color="white", lw=1.5)
+    starts = [0, *edges, len(owner)]
+    middles = [(a + b - 1) / 2 for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    below.set_xticks(middles, [owner[start] for start in starts[:-1]], fontsize=8)
+    below.set(xlabel="clearest latents, by the factor of their best level", ylabel="changed factor")
+    figure.colorbar(picture, ax=below, label="share of the movement", fraction=0.03, pad=0.01)
+    return figure
