@@ -8,7 +8,8 @@ The rule, written before the runs. A candidate passes if its L0 is at most 0.2 t
 paper's is, its rows moved (mean cosine with their start at most .5), its FVU is below that of as many
 principal components, and it keeps 95 % of the accuracy. Of those that pass, or of all if none does, the
 one whose latents' references most often show one concept (purity, any object). The ReLU one so chosen
-is the main autoencoder, as in the paper; the TopK one stands beside it. All that was tried is in `search.csv`.
+is the main autoencoder, as in the paper; the TopK one stands beside it. All that was tried is in
+`search.csv`.
 """
 
 from __future__ import annotations
