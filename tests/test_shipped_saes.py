@@ -157,7 +157,7 @@ def test_the_scale_knows_its_own_recipe(tmp_path):
     task = few.task(train, backbone, tmp_path)
     assert len(task.images) == 50 and task.train.cache == str(tmp_path)
     assert len(few.task(train, backbone, tmp_path, train={"images": 9}).images) == 9
-    assert setup.task(train, backbone, tmp_path).images is train
+    assert replace(setup, different_images=0).task(train, backbone, tmp_path).images is train
 
 
 def test_pca_explains_what_its_components_span():
@@ -231,7 +231,7 @@ def test_what_is_committed_is_whole_and_small():
         assert np.isfinite(list(found.card["measured"].values())).all()
     if index:
         known = recipes(book_plan(), "")
-        assert set(known) == set(index)
+        assert {"main", "seed1", "seed2", "topk"} <= set(index) <= set(known)
         recipe = known["main"]()
         inputs = training_inputs(recipe.task.images, recipe.backbone, recipe.task.sae, recipe.task.train)
         from patchsae.stage import digest
