@@ -20,6 +20,7 @@ from patchsae.against_untrained import (
 from patchsae.atlas import AtlasConfig, make_atlas
 from patchsae.backbone import zero_shot_weights
 from patchsae.best_latents import random_sae
+from patchsae.catalogue import concepts
 from patchsae.embedded import CLUTTERED, SceneSet
 from patchsae.errors import PatchSAEError
 from patchsae.evaluation import reconstruction, through_sae, zero_shot
@@ -170,13 +171,12 @@ def test_a_supervised_direction_is_fisher_s():
     x[own] += torch.tensor([1.0, -2, 0, 0, 3, 0])
     moments, fisher = Moments(6), Fisher(6, torch.device("cpu"))
     moments.add(x)
-    fisher._grow(2)
     fisher.total[1], fisher.count[1] = x[own].sum(0), 600
     found = fisher.directions(moments)
     expected = LinearDiscriminantAnalysis(solver="lsqr").fit(x.numpy(), own.numpy()).coef_[0]
     cosine = torch.cosine_similarity(found[1].double(), torch.from_numpy(expected), dim=0)
-    assert cosine > 0.95 and (found[0] == 0).all()
-    maps = Directions(found)(x[:10].float().view(2, 5, 6))
+    assert cosine > 0.95 and (found[0] == 0).all() and len(found) == len(concepts())
+    maps = Directions(found[:2])(x[:10].float().view(2, 5, 6))
     assert maps.latent.tolist() == [0, 0, 1, 1] and maps.image.tolist() == [0, 1, 0, 1]
     np.testing.assert_allclose(maps.value[10:], x[:10].float() @ found[1], rtol=1e-4, atol=1e-4)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from .accumulator import Accumulator
 from .activations import Tokens, token_columns
 from .backbone import Backbone, zero_shot_logits, zero_shot_weights
+from .catalogue import concepts
 from .embedded import CLUTTERED, SceneSet, domain_sets, embedded_dataset, scene_set
 from .errors import PatchSAEError
 from .localization import Fired, patch_cover
@@ -152,8 +153,9 @@ class Fisher:
     """Object patches of each concept, for its linear discriminant against all patches."""
 
     def __init__(self, d: int, device: torch.device):
-        self.total = torch.zeros(0, d, dtype=torch.float64, device=device)
-        self.count = torch.zeros(0, dtype=torch.float64, device=device)
+        n = len(concepts())  # few training scenes do not show every one
+        self.total = torch.zeros(n, d, dtype=torch.float64, device=device)
+        self.count = torch.zeros(n, dtype=torch.float64, device=device)
 
     def add(self, scenes: Scenes, x: Tensor, grid: tuple[int, int]) -> None:
         """Add patch tokens x [B · P, d]; a patch is an object's if it covers half of it."""
@@ -162,14 +164,8 @@ class Fisher:
             image, concept = inside.nonzero()[:, 0].cpu().numpy(), scenes.concepts[:, slot]
             where = torch.from_numpy(concept[image]).to(x.device)
             if len(where):
-                self._grow(int(where.max()) + 1)
                 self.total.index_add_(0, where, x[inside.flatten()].double())
                 self.count.index_add_(0, where, torch.ones_like(where, dtype=torch.float64))
-
-    def _grow(self, n: int) -> None:
-        more = max(n - len(self.count), 0)
-        self.total = torch.cat([self.total, self.total.new_zeros(more, self.total.shape[1])])
-        self.count = torch.cat([self.count, self.count.new_zeros(more)])
 
     def directions(self, patches: Moments) -> Tensor:
         """Return Σ⁻¹ (mean of a concept - mean of all) [concepts, d], 0 for a concept never seen.
