@@ -206,7 +206,7 @@ def _beyond_rows(report: Mapping[str, Any]) -> list[str]:
 def _badge(verdict: Verdict | Answer, can_fail: bool = True) -> str:
     """Return a verdict as a badge; what cannot fail has one of its own."""
     if not can_fail and verdict == Verdict.REPRODUCED:
-        return "{bdg-secondary}`by construction`"
+        return "{bdg-dark}`by construction`"
     return f"{{bdg-{BADGES[verdict]}}}`{verdict}`"
 
 

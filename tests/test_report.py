@@ -363,7 +363,7 @@ def test_the_page_shows_verdict_and_effect_first_and_what_is_beyond_below(writer
     assert [cell.strip() for cell in row.split("|")[2:5]] == [
         "{bdg-warning}`differs`", "1 points", "0.5 (Cohen&#x27;s d)",
     ]  # fmt: skip
-    assert "| {bdg-secondary}`by construction` |" in text
+    assert "| {bdg-dark}`by construction` |" in text
     assert "(**differs**, effect reversed): It is less." in text
     head, below = text.split("## Beyond the paper")
     assert head.count("{bdg-") == len(ITEMS) and below.count("{bdg-") == 1
