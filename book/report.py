@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from patchsae import figures
+from patchsae.collecting import collect, collect_beyond, count_verdicts
 from patchsae.report import (
     ITEMS,
     Answer,
     Beyond,
     Finding,
     Verdict,
-    collect,
-    collect_beyond,
-    count_verdicts,
 )
 from patchsae.run import read_parameters
 from patchsae.stage import write_atomic

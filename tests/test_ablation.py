@@ -17,7 +17,7 @@ from patchsae.evaluation import contrastive_loss, reconstruction, through_sae, z
 from patchsae.published import TABLE_2
 from patchsae.sae import SAE
 from patchsae.scales import scale
-from patchsae.training import BiasInit
+from patchsae.starts import BiasInit
 
 CLS, ALL = Design(block=1, expansion=16), replace(ALL_TOKENS, block=1, expansion=16)
 

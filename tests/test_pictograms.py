@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from patchsae import catalogue, pictograms, sprites
+from patchsae.captions import captions
 from patchsae.catalogue import SUBGROUPS, concepts, derive, trained_mask
 from patchsae.embedded import DATASETS, embedded_dataset, scene_set
 from patchsae.errors import PatchSAEError
@@ -28,7 +29,6 @@ from patchsae.pictograms import (
     WORD,
     SceneConfig,
     Scenes,
-    captions,
     layout,
     render,
     textures,
@@ -84,7 +84,7 @@ def test_a_scene_is_the_same_in_any_batch():
 SECOND_PROCESS = """
 import hashlib, sys
 import numpy as np
-from patchsae.pictograms import captions, render
+from patchsae.captions import captions; from patchsae.pictograms import render
 scenes = render("test", 3, np.arange(24))
 parts = (scenes.images.numpy(), scenes.masks.numpy(), scenes.concepts, scenes.styles, scenes.word)
 print(hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest())

@@ -11,6 +11,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from patchsae import figures
+from patchsae.collecting import collect, collect_beyond, count_verdicts
 from patchsae.errors import PatchSAEError
 from patchsae.evaluation import Interval
 from patchsae.report import (
@@ -22,9 +23,6 @@ from patchsae.report import (
     Verdict,
     above,
     beyond,
-    collect,
-    collect_beyond,
-    count_verdicts,
     finding,
     label_of,
     within,

@@ -16,8 +16,9 @@ from patchsae import train
 from patchsae.errors import PatchSAEError
 from patchsae.sae import SAE, Loss, SAEConfig, geometric_median, geometric_median_images
 from patchsae.sparse import Execution, Stepper
+from patchsae.starts import BiasInit, initial_bias, initial_rows
 from patchsae.stream import TokenStream
-from patchsae.training import CHECKPOINT, BiasInit, TrainConfig, initial_bias, initial_rows, train_sae
+from patchsae.training import CHECKPOINT, TrainConfig, train_sae
 
 SAE_CONFIG = SAEConfig(d_in=32, expansion=4, l1=1e-4)
 

@@ -32,8 +32,9 @@ import patchsae.compat  # noqa: F401  (before open_clip)
 from open_clip.model import CLIP
 from open_clip.tokenizer import SimpleTokenizer
 
+from patchsae.captions import captions
 from patchsae.catalogue import concepts, trained_mask
-from patchsae.pictograms import SceneConfig, captions, render
+from patchsae.pictograms import SceneConfig, render
 from patchsae.stage import project_root, write_atomic, write_json
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -29,8 +29,9 @@ from .sae import SAEConfig
 from .scales import scale
 from .shipped import find_or_train
 from .stage import Stage, write_json
+from .starts import BiasInit
 from .token_cache import fill, from_cache, parts_of
-from .training import BiasInit, TrainConfig
+from .training import TrainConfig
 
 RESULT = "row.json"
 

@@ -19,9 +19,10 @@ from .images import ImageSet
 from .sae import SAE
 from .scales import Scale, Sets, Task, scale
 from .stage import versions
+from .starts import set_start
 from .stream import TokenStream
 from .token_cache import from_cache
-from .training import Trained, set_start
+from .training import Trained
 
 IMAGES_LICENCE = "OpenMoji CC BY-SA 4.0, Twemoji CC BY 4.0"
 TWIN = "all, other seed"
