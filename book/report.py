@@ -1,6 +1,6 @@
 """The reproduction report: a page and report.json, made from what the executed notebooks found.
 
-Nothing here is about a result: rows come from `patchsae.report.collect`, costs and versions from the
+Nothing here is about a result: rows come from `patchsae.collecting.collect`, costs and versions from the
 manifests of the executed notebooks.
 """
 
