@@ -1,6 +1,8 @@
 """The small CLIP: its training arithmetic, its resumption, and its card against its weights."""
 
+import dataclasses
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -140,6 +142,98 @@ def test_the_loss_of_patches_falls_when_they_say_what_the_caption_says():
     assert loss(right) < 0.01
     for wrong in (absent, mute, everywhere):
         assert loss(wrong) > loss(right) + 0.05
+
+
+def test_what_patches_leave_unsaid():
+    draw = torch.Generator().manual_seed(0)
+    noun = torch.randint(0, 6, (600,), generator=draw)
+    meaning, silent = torch.randn(6, 8, generator=draw)[noun], (noun == 0).float()
+    stream = meaning @ torch.randn(8, 16, generator=draw)
+    stream[noun == 0] = 3.0  # whoever says nothing looks the same
+    assert training.unsaid(stream, meaning, silent) < 0.01
+    louder = stream - 1000.0 * silent[:, None]  # silent patches far off: no noun is said better for it
+    assert training.unsaid(louder, meaning, silent) < 0.01
+    noise = torch.randn(stream.shape, generator=draw)
+    shares = [training.unsaid(stream + loud * noise, meaning, silent).item() for loud in (1, 4, 100)]
+    assert 0.05 < shares[0] < shares[1] < shares[2] and shares[2] == pytest.approx(1, abs=0.02)
+    only_silent = stream + noise * silent[:, None]
+    assert 0.02 < training.unsaid(only_silent, meaning, silent) < shares[0]
+
+
+def test_the_gradient_of_the_unsaid_is_that_of_its_best_map():
+    draw = torch.Generator().manual_seed(1)
+    stream, meaning = torch.randn(200, 8, generator=draw), torch.randn(200, 5, generator=draw)
+    silent, step = torch.rand(200, generator=draw), 0.01 * torch.randn(200, 8, generator=draw)
+    stream.requires_grad_()
+    training.unsaid(stream, meaning, silent).backward()
+    with torch.no_grad():
+        ahead, behind = (training.unsaid(stream + s * step, meaning, silent).item() for s in (1, -1))
+    assert (ahead - behind) / 2 == pytest.approx((stream.grad * step).sum().item(), rel=0.01)
+
+
+def test_two_processes_take_the_mean_of_their_gradients(tmp_path):
+    phase = dataclasses.replace(training.PLAIN, images=32, batch=16, mosaics=4)
+    recipe = training.Recipe(phases=(phase,), warmup=0.0)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import dataclasses, train, pathlib\n"
+        "phase = dataclasses.replace(train.PLAIN, images=32, batch=16, mosaics=4)\n"
+        "recipe = train.Recipe(phases=(phase,), warmup=0.0)\n"
+        "train.train(recipe, pathlib.Path(sys.argv[2]), 'cpu', None, evaluations=0)"
+    )
+    script = tmp_path / "run.py"
+    script.write_text(code)
+    command = [
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        script,
+        FOLDER,
+        tmp_path / "two",
+    ]
+    subprocess.run([sys.executable, "-m", *map(str, command)], check=True, timeout=600)
+    two = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)
+    assert two["seen"] == 32 and two["world"] == 2
+
+    torch.manual_seed(recipe.seed)
+    clip, tokenizer, normal = training.build()
+    training.smooth_positions(clip)
+    head = training.Head(128, len(training.concepts()))
+    parameters, weights = [*clip.parameters(), *head.parameters()], (1.0, 1.0, *phase.patches, phase.unsaid)
+    for seen in (0, 16):
+        parts = training.losses(
+            clip, head, training.draw_batch(recipe, phase, seen, tokenizer, normal, "cpu"), phase.patches
+        )
+        names = ("contrastive", "head", "patches", "tiles", "unsaid")
+        (sum(w * parts[name] for name, w in zip(names, weights, strict=True)) / 2).backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    for optimiser in training.optimisers(clip, head, recipe):
+        for group in optimiser.param_groups:
+            group["lr"] *= phase.restart
+        optimiser.step()
+    clip.logit_scale.data.clamp_(0, 4.6052)
+    start = training.build()[0].state_dict()
+    for name, weight in clip.state_dict().items():
+        moved = (weight - two["clip"][name]).abs().max()
+        assert moved <= 2e-3 * weight.abs().max() + 1e-5, (name, moved)
+    assert not torch.equal(start["visual.proj"], two["clip"]["visual.proj"])
+
+
+def test_a_run_on_a_published_model_carries_its_card_on(tmp_path):
+    recipe = training.Recipe(phases=training.RECIPES["tiny"], batch=64)
+    run = tmp_path / "run"
+    clip = training.train(recipe, run, "cpu", None, evaluations=0, start_from=FOLDER)
+    rows = [{"images": 448, "seconds": 3, "contrastive": 1.0, "unsaid": 0.5}]
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    torch.save(state | {"rows": rows}, run / "checkpoint.pt")
+    training.publish(clip, recipe, run, tmp_path, before=FOLDER)
+    old, new = (json.loads((folder / "card.json").read_text()) for folder in (FOLDER, tmp_path))
+    assert new["images_seen"] == old["images_seen"] + 64
+    assert new["seconds"] >= old["seconds"]
+    assert new["history"][-1] == {"phases": 1, "images": 64, "processes": 1}
+    past, now = training.read_past(FOLDER), training.read_past(tmp_path)
+    assert len(now.rows) == len(past.rows) + 1 and now.rows[-1]["images"] == old["images_seen"] + 64
+    assert now.rows[0]["images"] == past.rows[0]["images"]
 
 
 def test_folder_is_open_clips_own_layout():

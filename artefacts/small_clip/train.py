@@ -5,7 +5,8 @@ out (2.6x faster in bfloat16 on a CPU than the fused kernel's backward) and capt
 length (exact, because the text tower is causal). A test compares both forwards.
 
 Most images are seen at 56 px (7x7 patches), the last at 112 px (14x14): embedded.md.
-The run can be stopped and started again at any time; it goes on from its last checkpoint.
+The run can be stopped and started again at any time; it goes on from its last checkpoint. Under torchrun
+every process draws a batch of its own and gradients are averaged, so N processes take N times the batch.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from patchsae.captions import captions
 from patchsae.catalogue import concepts, trained_mask
 from patchsae.pictograms import SceneConfig, render
+from patchsae.ranks import Ranks, join, local_device
 from patchsae.stage import project_root, write_atomic, write_json
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -73,6 +75,8 @@ class Phase:
     """Side of a single object as a share of its quarter of the mosaic."""
     patches: tuple[float, float] = (0.0, 0.0)
     """Weight of the loss that makes patches speak: of whole scenes, of mosaics."""
+    unsaid: float = 0.0
+    """Weight of the share of the patches' variance that is not in what they say."""
     restart: float | None = None
     """Step size that a new cycle begins with here, in units of the recipe's; None goes on as before."""
     decay_from: float = 0.4
@@ -86,6 +90,9 @@ EASY, MIXED, HARD = (0.85, 0.15, 0.0, 0.0), (0.6, 0.2, 0.12, 0.08), (0.45, 0.25,
 SPEAK = Phase(
     80_000, 112, 0.5, MIXED, tint=0.2, batch=64, mosaics=32, patches=(0.5, 1.0), restart=0.8
 )  # fmt: skip
+# Weights 0, 1 and 4, 90 steps each on the model of SPEAK: the concepts' share of object patches' variance
+# .42, .46, .53; largest principal direction .46, .14, .10.
+PLAIN = replace(SPEAK, images=140_800, unsaid=4.0)
 RECIPES = {
     "cpu": (
         Phase(160_000, 56, 1.0, EASY),
@@ -94,17 +101,18 @@ RECIPES = {
         Phase(30_000, 112, 0.5, MIXED),
         Phase(30_000, 112, 0.5, HARD),
         SPEAK,
+        PLAIN,
     ),
     "gpu": (
         Phase(1_000_000, 56, 1.0, EASY, tint=0.2),
         Phase(5_000_000, 56, 1.0, MIXED, ZOOMED, tint=0.2),
         Phase(2_000_000, 112, 0.5, HARD, tint=0.2),
-        replace(SPEAK, images=2_000_000, batch=256, mosaics=128),
+        replace(PLAIN, images=2_000_000, batch=256, mosaics=128),
     ),
     "tiny": (
         Phase(256, 56, 1.0, EASY),
         Phase(128, 112, 0.5, HARD),
-        replace(SPEAK, images=64, batch=32, mosaics=8),
+        replace(PLAIN, images=64, batch=32, mosaics=8),
     ),
 }
 
@@ -174,6 +182,7 @@ class Image(NamedTuple):
 
     embedding: torch.Tensor  # [B, e], what encode_image gives
     patches: torch.Tensor  # [B, P, e], the head's reading of each patch after SPEAKING blocks
+    stream: torch.Tensor  # [B, P, width], those patches before the head reads them
 
 
 def image_tower(clip: CLIP, images: torch.Tensor, keep: torch.Tensor | None = None) -> Image:
@@ -195,9 +204,10 @@ def image_tower(clip: CLIP, images: torch.Tensor, keep: torch.Tensor | None = No
     x = visual.ln_pre(torch.cat([first, x], 1))
     blocks = visual.transformer.resblocks
     x = run_blocks(blocks[:SPEAKING], x)
-    patches = visual.ln_post(x[:, 1:]) @ visual.proj
+    stream = x[:, 1:]
+    patches = visual.ln_post(stream) @ visual.proj
     x = run_blocks(blocks[SPEAKING:], x)
-    return Image(visual.ln_post(x[:, 0]) @ visual.proj, patches)
+    return Image(visual.ln_post(x[:, 0]) @ visual.proj, patches, stream)
 
 
 def text_tower(clip: CLIP, tokens: torch.Tensor) -> torch.Tensor:
@@ -221,6 +231,13 @@ def smooth_positions(clip: CLIP) -> None:
     coarse = table[1:].T.view(1, -1, side, side)[..., : side // 2, : side // 2]
     fine = F.interpolate(coarse, size=(side, side), mode="bicubic", align_corners=False)
     table[1:] = fine.flatten(2).squeeze(0).T
+
+
+class Said(NamedTuple):
+    """What patches were found to say."""
+
+    loss: torch.Tensor
+    share: torch.Tensor  # [B, P, SLOTS + 1], of the caption's nouns and, last, nothing; no gradient
 
 
 def patch_loss(patches: torch.Tensor, names: torch.Tensor, nothing: torch.Tensor, shown: torch.Tensor):
@@ -255,8 +272,41 @@ def patch_loss(patches: torch.Tensor, names: torch.Tensor, nothing: torch.Tensor
     likeness = own.max(-1).values - silent
     least = likeness.topk(max(1, round(count * SILENT)), largest=False).indices
     hush = -silent.gather(1, least).mean(1)
-    allowed = torch.cat([own, silent[..., None]], -1).logsumexp(-1)
-    return (speak + hush - allowed.mean(1)).mean()
+    allowed = torch.cat([own, silent[..., None]], -1)
+    loss = (speak + hush - allowed.logsumexp(-1).mean(1)).mean()
+    return Said(loss, allowed.detach().softmax(-1))
+
+
+def unsaid(stream: torch.Tensor, meaning: torch.Tensor, silent: torch.Tensor) -> torch.Tensor:
+    """Return the share of the patches' variance that is not in what they say.
+
+    What is left over is style, place and light, which CLIP's loss never asks of a patch and an
+    autoencoder of patches would spend its latents on. Two shares, averaged: of patches that say a noun,
+    what no linear map of the noun's text gives back; and of patches that say nothing, all of it, beside
+    what the map gives back of the first. That some patches speak and some do not counts in neither, or
+    patches would say this louder and nothing else. The map is the least squares one of this batch, so it
+    needs no gradient of its own.
+
+    Parameters
+    ----------
+    stream : [N, width], patches after SPEAKING blocks
+    meaning : [N, e], the texts of the nouns that each patch says, mixed by how much it says them
+    silent : [N], how much a patch says nothing, in [0, 1]
+    """
+    x = stream.float()
+
+    def centred(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        weight = (weight / weight.sum())[:, None]
+        return (values - (weight * values).sum(0)) * weight.sqrt()
+
+    spoken, quiet = centred(x, 1 - silent), centred(x, silent).square().sum()
+    m = centred(meaning.float(), 1 - silent)
+    with torch.no_grad():
+        gram = (m.T @ m).double()
+        gram.diagonal().add_(1e-3 * gram.diagonal().mean())
+        back = torch.linalg.solve(gram, (m.T @ spoken).double()).float()
+    rest, whole = (spoken - m @ back).square().sum(), spoken.square().sum()
+    return (rest / whole + quiet / (quiet + whole - rest)) / 2
 
 
 class Head(nn.Linear):
@@ -305,21 +355,32 @@ def losses(clip: CLIP, head: Head, batch: Batch, weights: tuple[float, float]) -
         "acc": (guess.argmax(1) == shown[:, 0]).float().mean(),
     }
     whole, tiled = weights
+    spoken = []
     if whole:
-        parts["patches"] = _speech(head, seen.patches, names, batch.nouns, shown)
+        parts["patches"], *said = _speech(head, seen.patches, names, batch.nouns, shown)
+        spoken.append((seen.stream.flatten(0, 1), *said))
     if tiled:
         with torch.autocast(batch.images.device.type, torch.bfloat16):
-            patches = image_tower(clip, batch.mosaics, batch.mosaic_keep).patches
-        patches = patches.reshape(len(batch.tiles), -1, patches.shape[-1])
-        parts["tiles"] = _speech(head, patches, names, batch.nouns, batch.tiles)
+            seen = image_tower(clip, batch.mosaics, batch.mosaic_keep)
+        patches = seen.patches.reshape(len(batch.tiles), -1, seen.patches.shape[-1])
+        parts["tiles"], *said = _speech(head, patches, names, batch.nouns, batch.tiles)
+        spoken.append((seen.stream.flatten(0, 1), *said))
+    if spoken:
+        parts["unsaid"] = unsaid(*(torch.cat(part) for part in zip(*spoken, strict=True)))
     return parts
 
 
-def _speech(head: Head, patches, names, nouns, shown) -> torch.Tensor:
+def _speech(head: Head, patches, names, nouns, shown) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the patches' loss, and of every patch the text of its nouns [N, e] and its silence [N]."""
     rows = torch.searchsorted(nouns, shown.clamp(min=0)).masked_fill(shown < 0, -1)
     low = torch.bfloat16  # the product with every noun is most of this loss's work
     patches = F.normalize(patches.float(), dim=-1).to(low) * head.scale.exp().to(low)
-    return patch_loss(patches, names.to(low), F.normalize(head.nothing, dim=0).to(low), rows)
+    found = patch_loss(patches, names.to(low), F.normalize(head.nothing, dim=0).to(low), rows)
+    with torch.no_grad():
+        own, silent = found.share[..., :-1], found.share[..., -1]
+        own = own / own.sum(-1, keepdim=True).clamp(min=1e-12)
+        meaning = own @ names[rows.clamp(min=0)]  # [B, P, e]
+    return found.loss, meaning.flatten(0, 1), silent.flatten()
 
 
 def mosaic(images: torch.Tensor) -> torch.Tensor:
@@ -460,6 +521,7 @@ def train(
     A checkpoint is written `every` so many seconds, and accuracy measured `evaluations` times. With
     `start_from`, a folder that `publish` wrote, only the last phase is run, on that model.
     """
+    ranks = join(device)
     torch.manual_seed(recipe.seed)
     clip, tokenizer, normal = build()
     smooth_positions(clip)
@@ -489,18 +551,22 @@ def train(
         save(checkpoint, {
             "clip": clip.state_dict(), "head": head.state_dict(), "seen": seen, "rows": rows,
             "steppers": [opt.state_dict() for opt in steppers], "seconds": time.time() - start,
+            "world": ranks.world,
         })  # fmt: skip
 
     while (phase := phase_at(recipe.phases, seen)) is not None:
-        if minutes is not None and time.time() - start > minutes * 60 + spent:
+        if ranks.agree(minutes is not None and time.time() - start > minutes * 60 + spent):
             break
-        batch = draw_batch(recipe, phase, seen, tokenizer, normal, device)
+        own = seen + ranks.rank * (phase.batch or recipe.batch)
+        batch = draw_batch(recipe, phase, own, tokenizer, normal, device)
         parts = losses(clip, head, batch, phase.patches)
         whole, tiled = phase.patches
         weights = {
             "contrastive": 1.0, "head": recipe.concept_head, "patches": whole, "tiles": tiled,
+            "unsaid": phase.unsaid,
         }  # fmt: skip
         sum(weight * parts[name] for name, weight in weights.items() if name in parts).backward()
+        average(ranks, [*clip.parameters(), *head.parameters()])
         torch.nn.utils.clip_grad_norm_([*clip.parameters(), *head.parameters()], 1.0)
         factor = rate_at(recipe, seen)
         for group, base in zip([g for o in steppers for g in o.param_groups], base_rates, strict=True):
@@ -509,9 +575,11 @@ def train(
             opt.step()
             opt.zero_grad(set_to_none=True)
         clip.logit_scale.data.clamp_(0, np.log(100))
-        seen, step = seen + len(batch.images), step + 1
+        seen, step = seen + len(batch.images) * ranks.world, step + 1
         if step % 10 == 0 or not recent:
             recent.append({name: value.item() for name, value in parts.items()})
+        if not ranks.first:
+            continue
         if step % 40 == 0:
             mean = means(recent[-4:])
             print(
@@ -526,9 +594,21 @@ def train(
             evaluated = seen
             rows.append(curve_row(clip, tokenizer, normal, seen, time.time() - start, recent))
             print(f"  {seen:,}: " + json.dumps(rows[-1]), flush=True)
-    keep_state()
-    write_curve(run / "curve.csv", rows)
+    if ranks.first:
+        keep_state()
+        write_curve(run / "curve.csv", rows)
     return clip
+
+
+def average(ranks: Ranks, parameters: list[nn.Parameter]) -> None:
+    """Average gradients over the processes."""
+    if ranks.world == 1:
+        return
+    grads = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in grads])
+    ranks.sum(flat).div_(ranks.world)
+    for grad, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+        grad.copy_(mean.view_as(grad))
 
 
 def means(rows: list[dict[str, float]]) -> dict[str, float]:
@@ -546,6 +626,7 @@ def curve_row(clip, tokenizer, normal, seen, seconds, recent) -> dict:
         "contrastive": mean["contrastive"],
         "concept_head": mean["head"],
         "patches": mean.get("tiles", math.nan),
+        "unsaid": mean.get("unsaid", math.nan),
     }
     for domain, kinds in result.items():
         row[f"{domain}_concept"] = kinds["trained"]["concept"]
@@ -556,7 +637,8 @@ def curve_row(clip, tokenizer, normal, seen, seconds, recent) -> dict:
 def write_curve(path: Path, rows: list[dict]) -> None:
     def write(temporary: Path) -> None:
         with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys() if rows else ["images"])
+            # the last row has every column: losses came one after the other
+            writer = csv.DictWriter(file, rows[-1].keys() if rows else ["images"], restval=math.nan)
             writer.writeheader()
             writer.writerows(rows)
 
@@ -568,7 +650,7 @@ def main() -> None:
     parser.add_argument("--recipe", choices=RECIPES, default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--run",
+        "--folder",
         type=Path,
         default=project_root() / "results" / "small_clip",
         help="folder for the checkpoint",
@@ -576,12 +658,16 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, help="stop after this long; start again to go on")
     parser.add_argument("--muon-lr", type=float, default=Recipe.muon_lr)
-    parser.add_argument("--start", type=Path, help="folder of a published model: run the last phase on it")
+    parser.add_argument(
+        "--from-model", type=Path, help="folder of a published model: run the last phase on it"
+    )
     parser.add_argument("--out", type=Path, default=HERE, help="where weights, card and curve go")
     args = parser.parse_args()
     recipe = Recipe(seed=args.seed, phases=RECIPES[args.recipe], muon_lr=args.muon_lr)
-    clip = train(recipe, args.run, args.device, args.minutes, start_from=args.start)
-    publish(clip, recipe, args.run, args.out)
+    clip = train(recipe, args.folder, local_device(args.device), args.minutes, start_from=args.from_model)
+    if not join(args.device).first:
+        return
+    publish(clip, recipe, args.folder, args.out, args.from_model)
 
 
 @torch.no_grad()
@@ -621,9 +707,13 @@ def restore_stream(clip: CLIP, folder: Path) -> None:
     scale_stream(clip, 1 / card["stream_rescaled_by"])
 
 
-def publish(clip: CLIP, recipe: Recipe, run: Path, out: Path) -> None:
-    """Write fp16 weights, their measured accuracy (the card) and the learning curve."""
+def publish(clip: CLIP, recipe: Recipe, run: Path, out: Path, before: Path | None = None) -> None:
+    """Write fp16 weights, their measured accuracy (the card) and the learning curve.
+
+    `before` is the folder of the published model that the run began with: card and curve are carried on.
+    """
     state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
+    past = Past() if before is None else read_past(before)
     clip.cpu().eval()
     _, _, normal = build()
     sample = render("train", recipe.seed, range(64)).images
@@ -635,19 +725,52 @@ def publish(clip: CLIP, recipe: Recipe, run: Path, out: Path) -> None:
     result = accuracy(fresh.eval(), tokenizer, normal["mean"], normal["std"], 2048, kinds)
     print(summary(result), flush=True)
     trained = trained_mask()
-    write_curve(out / "curve.csv", state["rows"])
+    # a run on a published model counts images from where the recipe's last phase begins
+    seen = state["seen"] - (sum(phase.images for phase in recipe.phases[:-1]) if before else 0)
+    rows = [
+        row
+        | {
+            "images": past.images + row["images"] - state["seen"] + seen,
+            "seconds": past.seconds + row["seconds"],
+        }
+        for row in state["rows"]
+    ]
+    write_curve(out / "curve.csv", [*past.rows, *rows])
+    phases = 1 if before else len(recipe.phases)
+    history = {"phases": phases, "images": seen, "processes": state["world"]}
     write_json(out / "card.json", {
         "zero_shot_top1": {d: r["trained"]["concept"] for d, r in result.items()},
         "accuracy": result,
-        "images_seen": state["seen"],
-        "seconds": round(state["seconds"]),
+        "images_seen": past.images + seen,
+        "seconds": past.seconds + round(state["seconds"]),
         "seed": recipe.seed,
         "recipe": asdict(recipe),
+        "history": [*past.history, history],
         "stream_rescaled_by": factor,
         "concepts": {"all": trained.shape[1], "trained": int(trained.any(0).sum())},
         "parameters": sum(p.numel() for p in fresh.parameters()),
         "torch": torch.__version__,
     })  # fmt: skip
+
+
+class Past(NamedTuple):
+    """What a published model had seen."""
+
+    rows: list[dict] = []
+    images: int = 0
+    seconds: int = 0
+    history: list = []
+
+
+def read_past(folder: Path) -> Past:
+    """Read card and curve of a published model."""
+    card = json.loads((folder / "card.json").read_text("utf-8"))
+    with open(folder / "curve.csv", newline="", encoding="utf-8") as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    history = card.get("history", [])
+    return Past(
+        rows, card["images_seen"], card["seconds"], history if isinstance(history, list) else [history]
+    )
 
 
 if __name__ == "__main__":
