@@ -22,10 +22,9 @@ from patchsae.starts import BiasInit
 CLS, ALL = Design(block=1, expansion=16), replace(ALL_TOKENS, block=1, expansion=16)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
+def save_model(root: Path) -> str:
     """Save the small CLIP as a folder, which processes of their own can load."""
-    folder = tmp_path_factory.mktemp("model") / "tiny"
+    folder = root / "tiny"
     folder.mkdir()
     vision = {"image_size": 112, "patch_size": 16, "layers": 2, "width": 32, "head_width": 16}
     text = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
@@ -33,6 +32,11 @@ def model(tmp_path_factory) -> str:
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
     save_file(tiny_backbone().model.state_dict(), folder / "open_clip_model.safetensors")
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return save_model(tmp_path_factory.mktemp("model"))
 
 
 def sweep_of(model: str, root: Path | str, **options) -> Sweep:

@@ -21,7 +21,7 @@ from patchsae.sae import SAE, SAEConfig
 from patchsae.scales import scale
 from patchsae.shipped import find_or_train, load_shipped, publish, put, read_index, shelf
 from patchsae.stage import file_digest, project_root
-from patchsae.training import train_sae, training_inputs
+from patchsae.training import train_sae, training_digest
 
 SAE_CONFIG = SAEConfig(d_in=32, expansion=4, l1=1e-4)
 FOLDER = project_root() / "artefacts" / "sae"
@@ -32,7 +32,7 @@ def made(backbone, images, tmp_path_factory) -> Path:
     """Put one tiny SAE on a shelf of its own."""
     folder = tmp_path_factory.mktemp("shelf")
     trained = train_sae(images, backbone, SAE_CONFIG, CONFIG, folder / "work", progress=False)
-    inputs = training_inputs(images, backbone, SAE_CONFIG, CONFIG)
+    inputs = training_digest(images, backbone, SAE_CONFIG, CONFIG)
     put("one", trained, inputs, {"tokens": 4800, "seconds": 1.0}, folder)
     publish(["one"], folder)
     return folder
@@ -233,9 +233,6 @@ def test_what_is_committed_is_whole_and_small():
         known = recipes(book_plan(), "")
         assert {"main", "seed1", "seed2", "topk"} <= set(index) <= set(known)
         recipe = known["main"]()
-        inputs = training_inputs(recipe.task.images, recipe.backbone, recipe.task.sae, recipe.task.train)
-        from patchsae.stage import digest
+        inputs = training_digest(recipe.task.images, recipe.backbone, recipe.task.sae, recipe.task.train)
 
-        assert index["main"]["inputs"] == digest(inputs), (
-            "the small CLIP or recipe changed: run 'make saes'"
-        )
+        assert index["main"]["inputs"] == inputs, "the small CLIP or recipe changed: run 'make saes'"

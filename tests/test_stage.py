@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from patchsae.cadence import Cadence
 from patchsae.errors import PatchSAEError
 from patchsae.stage import Stage, digest, jsonable, project_root, write_atomic, write_json
 
@@ -66,22 +67,62 @@ def test_what_cannot_be_recorded_is_refused():
 
 
 def test_a_stage_is_done_only_with_its_manifest(tmp_path):
-    stage = Stage.open(tmp_path, "train", Config())
+    stage = Stage.open(tmp_path, "train", Config(), version=1)
     assert not stage.done
     (stage.path / "weights").write_text("half")
-    assert not Stage.open(tmp_path, "train", Config()).done
+    assert not Stage.open(tmp_path, "train", Config(), version=1).done
     manifest = stage.finish(seed=7, steps=10)
-    again = Stage.open(tmp_path, "train", Config())
+    again = Stage.open(tmp_path, "train", Config(), version=1)
     assert again.done and again.path == stage.path
-    assert not Stage.open(tmp_path, "train", Config(seed=1)).done
+    assert not Stage.open(tmp_path, "train", Config(seed=1), version=1).done
     told = json.loads(manifest.read_text())
     assert told["seed"] == 7 and told["facts"] == {"steps": 10}
     assert told["versions"]["torch"] and told["versions"]["python"] and told["seconds"] >= 0
 
 
+def test_a_raised_version_recomputes(tmp_path):
+    made = []
+
+    def make(version):
+        stage = Stage.open(tmp_path, "train", Config(), version=version)
+        return stage.once(lambda: (made.append(version), stage.finish()))
+
+    assert make(1) == make(1) and made == [1]
+    assert make(2) != make(1) and made == [1, 2]
+    with pytest.raises(PatchSAEError, match="'version' among the inputs"):
+        Stage.open(tmp_path, "train", {"version": 3}, version=1)
+    with pytest.raises(TypeError, match="version"):
+        Stage.open(tmp_path, "train", {})
+
+
+def test_what_was_not_finished_is_made_again(tmp_path):
+    stage = Stage.open(tmp_path, "train", Config(), version=1)
+    with pytest.raises(KeyboardInterrupt):
+        stage.once(lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert not stage.done
+    assert stage.once(stage.finish) == stage.path and stage.done
+
+
+def test_saving_takes_its_share_of_the_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("patchsae.cadence.time.monotonic", lambda: now[0])
+    cadence, saved = Cadence(0.1), []
+
+    def save():
+        saved.append(now[0])
+        now[0] += 2.0  # what saving costs
+
+    for _ in range(100):
+        now[0] += 1.0  # a step
+        cadence.save(save)
+    assert saved[0] == 1.0  # the first tells the cost
+    gaps = [after - before - 2.0 for before, after in zip(saved, saved[1:], strict=False)]
+    assert gaps and all(gap == 20.0 for gap in gaps)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"inputs": {"seed": 99}}'])
 def test_a_torn_or_foreign_manifest_is_not_trusted(tmp_path, text):
-    stage = Stage.open(tmp_path, "train", Config())
+    stage = Stage.open(tmp_path, "train", Config(), version=1)
     stage.finish()
     (stage.path / "manifest.json").write_text(text)
     assert not stage.done
@@ -116,7 +157,7 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
     with pytest.raises(PatchSAEError, match="Could not write"):
         write_json(tmp_path / "file" / "below" / "x.json", 1)
     with pytest.raises(PatchSAEError, match="Could not write"):
-        Stage.open(tmp_path / "file", "train", {})
+        Stage.open(tmp_path / "file", "train", {}, version=1)
 
 
 def test_a_written_file_has_ordinary_permissions(tmp_path):

@@ -20,8 +20,8 @@ from patchsae.errors import PatchSAEError
 from patchsae.jobs import workers
 from patchsae.recipes import Plan, book_plan, card_of, measure, recipes, tiny_plan
 from patchsae.shipped import CARD, load_shipped, publish, put, read_index
-from patchsae.stage import digest, project_root
-from patchsae.training import train_sae, training_inputs
+from patchsae.stage import project_root
+from patchsae.training import train_sae, training_digest
 
 HERE = Path(__file__).parent
 LIMIT = 20e6  # bytes of all weights together
@@ -76,8 +76,8 @@ def train_one(name: str, tiny: bool, out: Path, work: Path, force: bool) -> None
     plan = _plan(tiny)
     recipe = recipes(plan, work)[name]()
     task = recipe.task
-    inputs = training_inputs(task.images, recipe.backbone, task.sae, task.train)
-    if not force and _fits(name, digest(inputs), out):
+    inputs = training_digest(task.images, recipe.backbone, task.sae, task.train)
+    if not force and _fits(name, inputs, out):
         return
     trained = train_sae(task.images, recipe.backbone, task.sae, task.train, work, progress=False)
     seconds = json.loads((trained.folder / "manifest.json").read_text("utf-8"))["seconds"]

@@ -33,6 +33,7 @@ from .starts import BiasInit
 from .token_cache import fill, from_cache, parts_of
 from .training import TrainConfig
 
+VERSION = 1  # raised when the same inputs give another row
 RESULT = "row.json"
 
 
@@ -276,7 +277,7 @@ def _stage(design: Design, sweep: Sweep, train: ImageSet, test: ImageSet, root: 
         "contrast": (min(sweep.contrast_images, len(test)), sweep.draws),
         "seed": sweep.seed,
     }
-    return Stage.open(root, "ablation", inputs)
+    return Stage.open(root, "ablation", inputs, version=VERSION)
 
 
 class _Part(NamedTuple):
@@ -318,12 +319,13 @@ def _fill(
 
 def _run(design: Design, sweep: Sweep, train: ImageSet, test: ImageSet, root: str | Path) -> None:
     stage = _stage(design, sweep, train, test, root)
-    with stage.alone():
-        if stage.done:  # another process may have finished it meanwhile
-            return
+
+    def make() -> None:
         row = _measured(design, sweep, train, test, root)
         write_json(stage.path / RESULT, row._asdict())
         stage.finish(seed=sweep.seed)
+
+    stage.once(make)
 
 
 def _measured(design: Design, sweep: Sweep, train: ImageSet, test: ImageSet, root: str | Path) -> Row:

@@ -27,6 +27,7 @@ from .progress import progress_bar
 from .ranks import Ranks
 from .stage import Stage, write_atomic
 
+VERSION = 1  # raised when the same inputs give other tokens
 SHARD_IMAGES = 256
 
 
@@ -122,7 +123,7 @@ class Activations:
             "shape": shape,
             "shard_images": SHARD_IMAGES,
         }
-        stage = Stage.open(root, "activations", inputs)
+        stage = Stage.open(root, "activations", inputs, version=VERSION)
         shards = Shards(stage.path, self.images.name, shape)
         with stage.alone() if ranks.first else nullcontext():
             ranks.wait()

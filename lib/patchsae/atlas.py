@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -17,6 +15,7 @@ from torch import Tensor
 from .accumulator import EDGES, Accumulator
 from .activations import Tokens, token_columns
 from .backbone import Backbone
+from .cadence import Cadence
 from .errors import PatchSAEError, choose
 from .images import ImageSet
 from .label_statistics import label_entropy, label_std, reference_entropy, reference_std
@@ -28,7 +27,7 @@ from .sparse import latent_lists
 from .stage import Stage
 
 ATLAS = "atlas.zarr"
-FORMAT = 3  # of the dataset; an atlas of another format is made again
+VERSION = 3  # raised when the same inputs give other numbers, or the dataset has another shape
 SAVE_SHARE = 0.03  # of the time may go into saving what a killed pass would lose
 CHUNK = 4096  # latents per piece on disk
 
@@ -99,19 +98,17 @@ def make_atlas(
     """
     check(images, config)
     inputs = {
-        "format": FORMAT,
         "images": images.fingerprint(),
         "backbone": backbone.fingerprint(),
         "sae": sae_hash,
         "weights": sae.fingerprint(),
         "config": config,
     }
-    stage, ranks = Stage.open(root, f"atlas-{images.name}", inputs), join(backbone.device)
-    if not ranks.agree(stage.done):
-        with stage.alone() if ranks.first else nullcontext():
-            if not ranks.agree(stage.done):
-                _Pass(sae, backbone, images, config, stage, ranks).go(batch_size, workers, progress)
-            ranks.wait()
+    stage = Stage.open(root, f"atlas-{images.name}", inputs, version=VERSION)
+    ranks = join(backbone.device)
+    stage.once(
+        lambda: _Pass(sae, backbone, images, config, stage, ranks).go(batch_size, workers, progress), ranks
+    )
     return xr.open_zarr(stage.path / ATLAS, consolidated=False).load()
 
 
@@ -197,13 +194,9 @@ class _Pass:
         self.ranks.wait()  # nobody writes before all have read
         todo = np.flatnonzero(~done)
         batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
-        saved_at, saving = time.monotonic(), 0.0
+        cadence = Cadence(SAVE_SHARE)
         for _ in self._add(sums, batches[self.ranks.rank :: self.ranks.world], workers, progress):
-            began = time.monotonic()
-            if (began - saved_at) * SAVE_SHARE >= saving:
-                sums.save(own, skipped=self.skipped)
-                saved_at = time.monotonic()
-                saving = saved_at - began
+            cadence.save(lambda: sums.save(own, skipped=self.skipped))
         if self.ranks.world > 1 or self.skipped:  # or the result may be refused, and the work lost
             sums.save(own, skipped=self.skipped)
         self.ranks.wait()

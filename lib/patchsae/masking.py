@@ -7,7 +7,6 @@ reconstructions come from one reading of the active latents, and only the blocks
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +34,7 @@ from .stage import Stage, write_atomic
 from .tail import Tail
 
 PAPER_SIZES = (1, 2, 5, 10, 50, 100, 500, 1000, 2000)  # and all latents
+VERSION = 1  # raised when the same inputs give other answers
 RESULT = "masking.zarr"
 CHUNK_IMAGES = 64
 TILE_BYTES = 8e6  # of rebuilt tokens held at a time by a thread, where one ranking needs no more
@@ -201,15 +201,15 @@ def sweep(
         "config": config,
     }
     name = f"masking-{images.name.replace('/', '-')}"
-    stage, ranks = Stage.open(root, name, inputs), join(backbone.device)
-    if not ranks.agree(stage.done):
-        with stage.alone() if ranks.first else nullcontext():
-            if not ranks.agree(stage.done):
-                _run(masker, images, stage, ranks, batch_size, progress)
-                ranks.wait()
-                if ranks.first:
-                    _finish(masker, images, atlas, stage)
-            ranks.wait()
+    stage, ranks = Stage.open(root, name, inputs, version=VERSION), join(backbone.device)
+
+    def make() -> None:
+        _run(masker, images, stage, ranks, batch_size, progress)
+        ranks.wait()
+        if ranks.first:
+            _finish(masker, images, atlas, stage)
+
+    stage.once(make, ranks)
     return xr.open_zarr(stage.path / RESULT, consolidated=False).load()
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .augmentation import Crops
 from .backbone import Backbone, zero_shot_logits
+from .cadence import Cadence
 from .errors import PatchSAEError, choose
 from .images import ImageSet
 from .loading import read_batches
@@ -33,6 +34,7 @@ from .prompts import AdaptedBackbone, PromptConfig, adapt
 from .stage import Stage, digest, write_atomic
 from .training import open_checkpoint, read_metrics, write_metrics
 
+VERSION = 1  # raised when the same inputs give other prompts
 CHECKPOINT = "checkpoint.safetensors"
 
 
@@ -157,11 +159,8 @@ def train_prompts(
         "train": config.inputs(),
     }
     start = adapt(backbone, config.prompts, config.seed)
-    stage = Stage.open(root, "prompts", inputs)
-    if not stage.done:
-        with stage.alone():
-            if not stage.done:  # another process may have finished it meanwhile
-                _Run(start, images, config, stage, progress).go()
+    stage = Stage.open(root, "prompts", inputs, version=VERSION)
+    stage.once(lambda: _Run(start, images, config, stage, progress).go())
     # after the manifest: a kill between the two must not start over
     (stage.path / CHECKPOINT).unlink(missing_ok=True)
     return TrainedPrompts(load_prompts(stage.path, backbone), read_metrics(stage.path), stage.path)
@@ -218,8 +217,8 @@ class _Run:
             mininterval=1.0,
             shown=self.progress,
         )
-        saved_at, saving = time.monotonic(), 0.0
-        started, before = saved_at, self.seconds
+        cadence = Cadence(config.checkpoint_share)
+        started, before = time.monotonic(), self.seconds
         with bar:
             for plan, batch in zip(plans, read_batches(source, plans, config.workers), strict=True):
                 self._take(batch, self.images.labels[plan[1:]], texts)
@@ -227,12 +226,8 @@ class _Run:
                 if self.step % self.per_epoch == 0:
                     self._row()
                     bar.set_postfix({key: f"{self.metrics[-1][key]:.3g}" for key in ("loss", "accuracy")})
-                began = time.monotonic()
-                self.seconds = before + began - started
-                if (began - saved_at) * config.checkpoint_share >= saving:
-                    self._save()
-                    saved_at = time.monotonic()
-                    saving = saved_at - began
+                self.seconds = before + time.monotonic() - started
+                cadence.save(self._save)
 
     def _plans(self) -> list[list[int]]:
         """List the steps that are left: the number of the step, then its images."""

@@ -28,6 +28,7 @@ from .sae import SAE
 from .stage import Stage, write_atomic
 from .tail import Tail
 
+VERSION = 1  # raised when the same inputs give other answers of the mixtures
 UPPER, LOWER = 50, 100  # ranks that bound 'high' and 'low' (paper §4.2.1)
 
 
@@ -227,18 +228,19 @@ def mix_models(
         "weights": sae.fingerprint(),
         "texts": [text_digest(text) for text in texts],
     }
-    stage = Stage.open(root, f"mixed-{images.name.replace('/', '-')}", inputs)
+    stage = Stage.open(root, f"mixed-{images.name.replace('/', '-')}", inputs, version=VERSION)
     path = stage.path / "ranks.safetensors"
-    if not stage.done:
-        with stage.alone():
-            if not stage.done:  # another process may have finished it meanwhile
-                paths = list(_mix(sae, (plain, adapted), images, texts, batch_size, progress, stage))
-                parts = [read_chunk(part, "these mixtures")["rank"] for part in paths]
-                ranks = np.concatenate(parts, -1)
-                write_atomic(path, lambda temporary: save_file({"rank": ranks}, temporary))
-                stage.finish(images=len(images))
-                for part in paths:
-                    part.unlink()
+
+    def make() -> None:
+        paths = list(_mix(sae, (plain, adapted), images, texts, batch_size, progress, stage))
+        parts = [read_chunk(part, "these mixtures")["rank"] for part in paths]
+        ranks = np.concatenate(parts, -1)
+        write_atomic(path, lambda temporary: save_file({"rank": ranks}, temporary))
+        stage.finish(images=len(images))
+        for part in paths:
+            part.unlink()
+
+    stage.once(make)
     ranks = load_file(path)["rank"]  # [tokens or latents, mixture, N]
     return Mixed(*(dict(zip(PARTS, rows, strict=True)) for rows in ranks))
 

@@ -1,6 +1,6 @@
 """Autoencoders that the repository ships: found by what they were trained from, checked, and loaded.
 
-`artefacts/sae/index.json` says of each what it was trained from: the digest of `training_inputs`, which is
+`artefacts/sae/index.json` says of each what it was trained from: its `training_digest`, which is
 the same on every machine. Whoever asks for an SAE of these very inputs gets the artefact; any other, one on
 another backbone too, is trained as if nothing were shipped.
 """
@@ -21,8 +21,18 @@ from .backbone import Backbone
 from .errors import PatchSAEError
 from .images import ImageSet
 from .sae import CONFIG, SAE, WEIGHTS, SAEConfig
-from .stage import Stage, digest, file_digest, jsonable, project_root, write_atomic, write_json
-from .training import METRICS, TrainConfig, Trained, read_metrics, train_sae, training_inputs, write_metrics
+from .stage import Stage, file_digest, jsonable, project_root, write_atomic, write_json
+from .training import (
+    METRICS,
+    VERSION,
+    TrainConfig,
+    Trained,
+    read_metrics,
+    train_sae,
+    training_digest,
+    training_inputs,
+    write_metrics,
+)  # fmt: skip
 
 INDEX, CARD = "index.json", "card.json"
 REMEDY = "run 'make saes'"
@@ -124,10 +134,10 @@ def find_or_train(
     """
     folder = folder or shelf()
     inputs = training_inputs(images, backbone, sae_config, config)
-    wanted = digest(inputs)
+    wanted = training_digest(images, backbone, sae_config, config)
     names = [name for name, entry in read_index(folder).items() if entry["inputs"] == wanted]
     if not names:
-        if expected and not Stage.open(root, "sae", inputs).done:
+        if expected and not Stage.open(root, "sae", inputs, version=VERSION).done:
             warnings.warn(
                 f"No SAE in '{folder}' was trained from this scale's recipe on this {backbone.name}, "
                 "so it is trained here, which may take an hour; 'make saes' makes it once for all.",
@@ -136,19 +146,21 @@ def find_or_train(
         return train_sae(images, backbone, sae_config, config, root, progress)
     found = load_shipped(names[0], folder, backbone.device, backbone.d_model)
     weights = read_index(folder)[found.name]["sha256"]
-    stage = Stage.open(root, "sae", inputs | {"shipped": weights})
-    if not stage.done:
-        with stage.alone():
-            found.sae.save(stage.path)
-            write_metrics(stage.path, found.metrics)
-            stage.finish(seed=config.seed, shipped=found.name, tokens=found.card.get("tokens"))
+    stage = Stage.open(root, "sae", inputs | {"shipped": weights}, version=VERSION)
+
+    def make() -> None:
+        found.sae.save(stage.path)
+        write_metrics(stage.path, found.metrics)
+        stage.finish(seed=config.seed, shipped=found.name, tokens=found.card.get("tokens"))
+
+    stage.once(make)
     return Trained(found.sae, found.metrics, stage.path, found.name)
 
 
-def put(
-    name: str, trained: Trained, inputs: Mapping[str, object], card: Mapping[str, object], folder: Path
-) -> Path:
+def put(name: str, trained: Trained, inputs: str, card: Mapping[str, object], folder: Path) -> Path:
     """Write an SAE as an artefact in half precision, each file atomically; `publish` makes it count.
+
+    `inputs` is the `training_digest` that it is found by.
 
     Raises
     ------
@@ -163,7 +175,7 @@ def put(
     write_atomic(here / WEIGHTS, lambda path: save_file(weights, path))
     write_json(here / CONFIG, asdict(trained.sae.config))
     write_metrics(here, trained.metrics)
-    facts = {"name": name, "inputs": digest(inputs), "sae": asdict(trained.sae.config)}
+    facts = {"name": name, "inputs": inputs, "sae": asdict(trained.sae.config)}
     write_json(here / CARD, dict(card) | facts)
     return here
 

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from patchsae.errors import PatchSAEError
 
@@ -114,6 +114,14 @@ def digest(inputs: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def versioned(inputs: Mapping[str, Any] | Any, version: int) -> dict[str, Any]:
+    """Return what names a result: its inputs, and the version of the code that makes it."""
+    recorded = jsonable(inputs)
+    if "version" in recorded:
+        raise PatchSAEError("'version' among the inputs is the code's own; give it another name.")
+    return recorded | {"version": version}
+
+
 def file_digest(path: Path) -> str:
     """Hash the content of one file."""
     with path.open("rb") as stream:
@@ -168,6 +176,15 @@ def git_commit() -> str | None:
     return asked.stdout.strip() or None
 
 
+class Processes(Protocol):
+    """What a stage asks of the processes that work together (`ranks.Ranks`)."""
+
+    @property
+    def first(self) -> bool: ...
+    def agree(self, flag: bool) -> bool: ...
+    def wait(self) -> None: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """One result folder and the inputs that name it."""
@@ -178,9 +195,13 @@ class Stage:
     started: float
 
     @classmethod
-    def open(cls, root: str | Path, name: str, inputs: Mapping[str, Any] | Any) -> Stage:
-        """Make (or find again) the folder `root/name-<hash12>` for these inputs."""
-        recorded = jsonable(inputs)
+    def open(cls, root: str | Path, name: str, inputs: Mapping[str, Any] | Any, *, version: int) -> Stage:
+        """Make (or find again) the folder `root/name-<hash12>` for these inputs and this code.
+
+        `version` belongs to the code that makes the result: it is raised whenever the same inputs would
+        give other numbers, so that nothing made by the old code is taken for the new code's.
+        """
+        recorded = versioned(inputs, version)
         path = Path(root) / f"{name}-{digest(recorded)[:12]}"
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -216,6 +237,21 @@ class Stage:
                 for partial in self.path.glob(".*-*"):  # as `write_atomic` names them
                     partial.unlink()
             yield
+
+    def once(self, make: Callable[[], object], ranks: Processes | None = None) -> Path:
+        """Call `make`, which ends in `finish`, unless the result is here; return the folder.
+
+        Of several processes on this machine one makes it and the others wait. Those of one torchrun
+        (`ranks`) make it together.
+        """
+        agree = ranks.agree if ranks else bool
+        if not agree(self.done):
+            with self.alone() if ranks is None or ranks.first else contextlib.nullcontext():
+                if not agree(self.done):  # another process may have finished it meanwhile
+                    make()
+                if ranks:
+                    ranks.wait()
+        return self.path
 
     def finish(self, *, seed: int | None = None, **facts: Any) -> Path:
         """Write the manifest, which makes the folder a finished result."""

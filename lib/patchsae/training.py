@@ -11,7 +11,7 @@ import csv
 import json
 import math
 import time
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,16 +22,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .backbone import Backbone
+from .cadence import Cadence
 from .errors import PatchSAEError, choose
 from .images import ImageSet
 from .progress import progress_bar
 from .ranks import Ranks, join
 from .sae import SAE, SAEConfig
 from .sparse import Execution, Step, Stepper
-from .stage import Stage, digest, write_atomic
+from .stage import Stage, digest, versioned, write_atomic
 from .starts import BiasInit, Start, set_start
 from .stream import Position, StreamConfig, TokenBatch, TokenStream
 
+VERSION = 1  # raised when the same inputs give other weights or metrics
 CHECKPOINT, METRICS = "checkpoint.safetensors", "metrics.csv"
 
 
@@ -115,6 +117,13 @@ def training_inputs(
     }
 
 
+def training_digest(
+    images: ImageSet, backbone: Backbone, sae_config: SAEConfig, config: TrainConfig
+) -> str:
+    """Return the hash of `training_inputs` and of this code's version, by which a shipped SAE is found."""
+    return digest(versioned(training_inputs(images, backbone, sae_config, config), VERSION))
+
+
 def train_sae(
     images: ImageSet,
     backbone: Backbone,
@@ -140,13 +149,9 @@ def train_sae(
             f"d_in={sae_config.d_in} of the SAE is not the width {backbone.d_model} of {backbone.name}; "
             f"set d_in={backbone.d_model}."
         )
-    stage = Stage.open(root, "sae", training_inputs(images, backbone, sae_config, config))
-    ranks = join(backbone.device)
-    if not ranks.agree(stage.done):
-        with stage.alone() if ranks.first else nullcontext():
-            if not ranks.agree(stage.done):  # another process may have finished it meanwhile
-                _Run(images, backbone, sae_config, config, stage, ranks, progress).go()
-            ranks.wait()
+    inputs = training_inputs(images, backbone, sae_config, config)
+    stage, ranks = Stage.open(root, "sae", inputs, version=VERSION), join(backbone.device)
+    stage.once(lambda: _Run(images, backbone, sae_config, config, stage, ranks, progress).go(), ranks)
     if ranks.first and (left := stage.path / CHECKPOINT).exists():
         left.unlink(missing_ok=True)  # after the manifest: a kill between the two must not start over
     return Trained(SAE.load(stage.path, backbone.device), read_metrics(stage.path), stage.path)
@@ -214,7 +219,7 @@ class _Run:
             mininterval=1.0,
             shown=self.progress,
         )
-        saved_at, saving = time.monotonic(), 0.0
+        cadence = Cadence(config.checkpoint_share)
         with closing(self.stream.batches(self.position)) as batches, closing(log), bar:
             for batch in batches:
                 rate, share = self._schedule()
@@ -231,11 +236,8 @@ class _Run:
                     row = log.row(counts, batch, step, dead, rate)
                     self.metrics.append(row)
                     bar.set_postfix({k: f"{row[k]:.3g}" for k in ("fvu", "l0", "dead_share")})
-                began = time.monotonic()
-                if self.ranks.first and (began - saved_at) * config.checkpoint_share >= saving:
-                    self._save()
-                    saved_at = time.monotonic()
-                    saving = saved_at - began
+                if self.ranks.first:
+                    cadence.save(self._save)
 
     def _check(self, step: Step) -> None:
         if not math.isfinite(step.reconstruction + step.l1 + step.ghost):

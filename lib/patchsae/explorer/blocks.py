@@ -43,6 +43,7 @@ from .data import (
 )
 
 FORMAT = 3
+VERSION = 1  # raised when the same inputs give other blocks of the same format
 INDEX = "index.json"
 LATENTS = 64  # latents per block of references
 CELLS, COLUMNS = 30, 10  # reference images per sheet, and side by side on it
@@ -105,10 +106,9 @@ def write_blocks(
         "sets": [[one.title, atlas_digest(one.atlas), one.images.fingerprint()] for one in sets],
         "config": config,
     }
-    stage = Stage.open(root, "explorer", inputs)
-    if stage.done:
-        return stage.path
-    with stage.alone():
+    stage = Stage.open(root, "explorer", inputs, version=VERSION)
+
+    def make() -> None:
         write = partial(_write, stage.path)
         found = [references(one.atlas, config.references) for one in fitting]
         write("names", lambda: {"sets": [list(one.images.classnames) for one in fitting]})
@@ -140,7 +140,8 @@ def write_blocks(
         }
         write_json(stage.path / INDEX, index)
         stage.finish(bytes=sum(path.stat().st_size for path in stage.path.glob("*.js")))
-    return stage.path
+
+    return stage.once(make)
 
 
 def _checked(models: Sequence[Shown]) -> Backbone:
