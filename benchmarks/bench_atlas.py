@@ -23,11 +23,11 @@ from measure import Row, forget_peak, resident, row, say, with_matrix_units
 from torch import Tensor
 from workload import Problem, Weights, make_workload
 
-from patchsae.accumulator import Accumulator
-from patchsae.errors import PatchSAEError
-from patchsae.sae import SAE, SAEConfig
-from patchsae.sparse import latent_lists
-from patchsae.sparse_cpu import has_bf16_units
+from patchsae.latents.accumulator import Accumulator
+from patchsae.runs.errors import PatchSAEError
+from patchsae.sae.cpu import has_bf16_units
+from patchsae.sae.model import SAE, SAEConfig
+from patchsae.sae.step import latent_lists
 
 TOKENS, CLASSES, TAU, K = 197, 1000, 0.2, 10
 BATCH = 16

@@ -17,12 +17,12 @@ from measure import Row, row, say
 from torch import Tensor
 from workload import firing_probabilities
 
-from patchsae.backbone import Backbone, load_backbone, zero_shot_logits
-from patchsae.errors import PatchSAEError
-from patchsae.masked_tokens import Mode
-from patchsae.masking import Masker, MaskingConfig
-from patchsae.rankings import CLASS, DATASET, Ranking
-from patchsae.sae import SAE, SAEConfig
+from patchsae.clip.backbone import Backbone, load_backbone, zero_shot_logits
+from patchsae.masking.masked_tokens import Mode
+from patchsae.masking.rankings import CLASS, DATASET, Ranking
+from patchsae.masking.sweep import Masker, MaskingConfig
+from patchsae.runs.errors import PatchSAEError
+from patchsae.sae.model import SAE, SAEConfig
 
 MODEL, BLOCK, EXPANSION, L0 = "ViT-B-16-quickgelu", 11, 64, 146
 CLASSES, BATCH = 1000, 16

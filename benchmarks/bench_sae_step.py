@@ -26,8 +26,8 @@ import torch
 from measure import Row, forget_peak, resident, row, say, with_matrix_units
 from workload import FULL, QUICK, Problem, Workload, load_workload, make_workload, save_workload
 
-from patchsae.errors import PatchSAEError
-from patchsae.sparse_cpu import has_bf16_units
+from patchsae.runs.errors import PatchSAEError
+from patchsae.sae.cpu import has_bf16_units
 
 Seconds = dict[str, list[float]]  # competitor -> one figure per round
 

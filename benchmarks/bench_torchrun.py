@@ -10,7 +10,7 @@ from statistics import median
 
 from measure import Row, row
 
-from patchsae.errors import PatchSAEError
+from patchsae.runs.errors import PatchSAEError
 
 SCRIPT = Path(__file__).with_name("rank_steps.py")
 SIZES = [(128, 2_048, 8_192), (768, 12_288, 4_096)]

@@ -7,7 +7,7 @@ import gc
 from pathlib import Path
 from typing import Any
 
-from patchsae.errors import PatchSAEError
+from patchsae.runs.errors import PatchSAEError
 
 Row = dict[str, Any]
 

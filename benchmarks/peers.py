@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from workload import Weights
 
-import patchsae.compat  # noqa: F401  (before anything that imports torchvision)
-from patchsae.sae import SAE, SAEConfig
-from patchsae.sparse import Execution, Stepper
+import patchsae.runs.compat  # noqa: F401  (before anything that imports torchvision)
+from patchsae.sae.model import SAE, SAEConfig
+from patchsae.sae.step import Execution, Stepper
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from statistics import median
 import torch
 from torch import distributed
 
-from patchsae.ranks import join
-from patchsae.sae import SAE, SAEConfig
-from patchsae.sparse import Stepper
+from patchsae.runs.ranks import join
+from patchsae.sae.model import SAE, SAEConfig
+from patchsae.sae.step import Stepper
 
 STEPS, DISCARDED = 8, 3
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from patchsae.errors import PatchSAEError
-from patchsae.stage import git_commit, versions, write_json
+from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.stage import git_commit, versions, write_json
 
 ROW = {
     *("name", "ours", "best_other", "other_name", "unit"),

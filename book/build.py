@@ -3,7 +3,7 @@
     python book/build.py            # _build/html
     python book/build.py --small    # _build/small/_build/html: tiny sizes, to see that all of it works
 
-Each notebook is executed through `patchsae.run` into a stage folder named by the hash of its
+Each notebook is executed through `patchbook.run` into a stage folder named by the hash of its
 inputs, so an interrupted build goes on where it stopped and a second build does nothing.
 """
 
@@ -21,9 +21,9 @@ from pathlib import Path
 
 import yaml
 
-from patchsae.errors import PatchSAEError
-from patchsae.run import NotebookFailed, run_notebook
-from patchsae.stage import (
+from patchbook.run import NotebookFailed, run_notebook
+from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.stage import (
     Stage,
     digest,
     file_digest,
@@ -68,7 +68,7 @@ def execute_notebooks(root: Path, build: Path, parameters: dict[str, dict]) -> d
     manifests = {}
     before = digest(
         {
-            "library": tree_digests(root, "lib/patchsae/**/*", "artefacts/**/*"),
+            "library": tree_digests(root, "lib/patch*/**/*", "artefacts/**/*"),
             "versions": versions(),
         }
     )

@@ -1,6 +1,6 @@
 """The reproduction report: a page and report.json, made from what the executed notebooks found.
 
-Nothing here is about a result: rows come from `patchsae.collecting.collect`, costs and versions from the
+Nothing here is about a result: rows come from `patchbook.collecting.collect`, costs and versions from the
 manifests of the executed notebooks.
 """
 
@@ -13,17 +13,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from patchsae import figures
-from patchsae.collecting import collect, collect_beyond, count_verdicts
-from patchsae.report import (
+from patchbook import figures
+from patchbook.collecting import collect, collect_beyond, count_verdicts
+from patchbook.report import (
     ITEMS,
     Answer,
     Beyond,
     Finding,
     Verdict,
 )
-from patchsae.run import read_parameters
-from patchsae.stage import write_atomic
+from patchbook.run import read_parameters
+from patchsae.runs.stage import write_atomic
 
 BADGES = {
     Verdict.REPRODUCED: "success",

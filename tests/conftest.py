@@ -18,14 +18,14 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import patchsae.compat  # noqa: E402, F401  (declares torchvision's operators before open_clip is imported)
+import patchsae.runs.compat  # noqa: E402, F401  (declares torchvision's operators before open_clip is imported)
 
 # isort: split
 import pytest  # noqa: E402
 from playwright.sync_api import sync_playwright  # noqa: E402
 from tiny import tiny_backbone, tiny_images  # noqa: E402
 
-from patchsae.stage import project_root  # noqa: E402
+from patchsae.runs.stage import project_root  # noqa: E402
 
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = [

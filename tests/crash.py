@@ -19,8 +19,8 @@ def train(root: Path, options: dict) -> None:
     """Train the SAE of these tests under `root`."""
     from tiny import CONFIG, tiny_backbone, tiny_images
 
-    from patchsae.sae import SAEConfig
-    from patchsae.training import train_sae
+    from patchsae.sae.model import SAEConfig
+    from patchsae.training.trainer import train_sae
 
     config = CONFIG.__class__(**vars(CONFIG) | {"images": 480, "log_every": 5} | options)
     train_sae(tiny_images(), tiny_backbone(), SAEConfig(d_in=32, expansion=4), config, root, progress=False)
@@ -32,7 +32,7 @@ def describe(root: Path, options: dict) -> None:
     from test_atlas import make
     from tiny import tiny_images
 
-    from patchsae import atlas
+    from patchsae.latents import atlas
 
     atlas.SAVE_SHARE = 1e9
     images = tiny_images()

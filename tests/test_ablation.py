@@ -9,15 +9,15 @@ import pytest
 from safetensors.torch import save_file
 from tiny import CONFIG, tiny_backbone
 
-from patchsae.ablation import ALL_TOKENS, DESIGNS, Design, Row, Sweep, run_rows
-from patchsae.activations import Tokens
-from patchsae.backbone import zero_shot_weights
-from patchsae.errors import PatchSAEError
-from patchsae.evaluation import contrastive_loss, reconstruction, through_sae, zero_shot
-from patchsae.published import TABLE_2
-from patchsae.sae import SAE
-from patchsae.scales import scale
-from patchsae.starts import BiasInit
+from patchbook.chapters.ablation import ALL_TOKENS, DESIGNS, Design, Row, Sweep, run_rows
+from patchbook.chapters.published import TABLE_2
+from patchbook.scales import scale
+from patchsae.clip.backbone import zero_shot_weights
+from patchsae.masking.through import contrastive_loss, reconstruction, through_sae, zero_shot
+from patchsae.runs.errors import PatchSAEError
+from patchsae.sae.model import SAE
+from patchsae.training.activations import Tokens
+from patchsae.training.starts import BiasInit
 
 CLS, ALL = Design(block=1, expansion=16), replace(ALL_TOKENS, block=1, expansion=16)
 
@@ -137,7 +137,7 @@ def test_a_finished_row_is_read_without_its_sae_images_or_cache(ran, images, tmp
         (tmp_path / part.name).mkdir()
         for file in part.glob("*.json"):
             (tmp_path / part.name / file.name).write_bytes(file.read_bytes())
-    monkeypatch.setattr("patchsae.ablation._run", None)
+    monkeypatch.setattr("patchbook.chapters.ablation._run", None)
     found = run_row(ALL, sweep, images, images.subset(range(20)), tmp_path)
     assert str(found) == str(rows["all"])  # a NaN is not itself
     (part,) = [p for p in tmp_path.glob("ablation-*") if rows["cls"].folder in (p / "row.json").read_text()]

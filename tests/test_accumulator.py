@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patchsae.accumulator import ADDED, EDGES, TOP, Accumulator
-from patchsae.errors import PatchSAEError
-from patchsae.sparse_cpu import Lists
+from patchsae.latents.accumulator import ADDED, EDGES, TOP, Accumulator
+from patchsae.runs.errors import PatchSAEError
+from patchsae.sae.cpu import Lists
 
 N, T, S, C, K, M = 200, 9, 700, 6, 4, 5
 KIND = np.array([0] + [1] * 7 + [2], np.int8)  # CLS, patches and a prompt token

@@ -13,13 +13,13 @@ import xarray as xr
 from PIL import Image
 from tiny import tiny_backbone, tiny_images
 
-from patchsae import atlas as atlas_module
-from patchsae.accumulator import EDGES, Accumulator
-from patchsae.atlas import AtlasConfig, make_atlas
-from patchsae.embedded import SINGLE, SceneSet
-from patchsae.errors import PatchSAEError
-from patchsae.images import FolderImages
-from patchsae.sae import SAE, SAEConfig
+from patchbook.scenes.embedded import SINGLE, SceneSet
+from patchsae.images.sets import FolderImages
+from patchsae.latents import atlas as atlas_module
+from patchsae.latents.accumulator import EDGES, Accumulator
+from patchsae.latents.atlas import AtlasConfig, make_atlas
+from patchsae.runs.errors import PatchSAEError
+from patchsae.sae.model import SAE, SAEConfig
 
 CONFIG = AtlasConfig(k=4, top=6)
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from patchsae import backbone as library
-from patchsae.backbone import Backbone, load_backbone, zero_shot_logits, zero_shot_weights
-from patchsae.errors import PatchSAEError
+from patchsae.clip import backbone as library
+from patchsae.clip.backbone import Backbone, load_backbone, zero_shot_logits, zero_shot_weights
+from patchsae.runs.errors import PatchSAEError
 
 # isort: split
 import open_clip
@@ -277,7 +277,7 @@ def test_plain_state_dicts_and_safetensors_load(tmp_path):
 
 def test_compat_declares_only_what_cannot_load():
     code = (
-        "import patchsae.compat as c, torchvision, torch;"
+        "import patchsae.runs.compat as c, torchvision, torch;"
         "c.declare_torchvision_operators();"  # a second time: nothing to do
         "from torchvision import extension as e;"
         "assert hasattr(torch.ops.torchvision, 'nms');"

@@ -12,9 +12,9 @@ import pytest
 from miniature import split_set
 from torchvision import datasets
 
-from patchsae.benchmark_download import SOURCES, download
-from patchsae.benchmark_sets import RECIPES, main, open_benchmark
-from patchsae.errors import PatchSAEError
+from patchsae.images.benchmark_download import SOURCES, download
+from patchsae.images.benchmark_sets import RECIPES, main, open_benchmark
+from patchsae.runs.errors import PatchSAEError
 
 
 class Silent(SimpleHTTPRequestHandler):

@@ -11,10 +11,10 @@ import pytest
 import torch
 from miniature import AIRCRAFT, PER_CLASS, SPLIT_SETS, WNIDS, benchmark, imagenet, photo, split_set
 
-from patchsae.benchmark_sets import BENCHMARKS, RECIPES, ROBUSTNESS, main, open_benchmark, open_found
-from patchsae.errors import PatchSAEError
-from patchsae.images import load_image
-from patchsae.stage import project_root
+from patchsae.images.benchmark_sets import BENCHMARKS, RECIPES, ROBUSTNESS, main, open_benchmark, open_found
+from patchsae.images.sets import load_image
+from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.stage import project_root
 
 SIDE = 32
 # facts.md §2, word for word
@@ -373,7 +373,7 @@ def test_images_of_a_set_reach_workers_as_few_bytes(whole):
     data = open_benchmark("imagenet", whole, SIDE).train
     sent = pickle.loads(pickle.dumps(data))
     assert torch.equal(sent.load([3]).images, data.load([3]).images)
-    from patchsae.images import FileImages
+    from patchsae.images.sets import FileImages
 
     names = [f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(20_000)]
     many = FileImages(whole, names, np.zeros(len(names)), ["a"], SIDE, "many", "train")
@@ -391,8 +391,8 @@ def test_complete_benchmarks_are_found_and_incomplete_ones_warned_of(whole, tmp_
 
 
 def test_the_paper_scale_holds_imagenet_first_and_what_else_is_there(whole):
-    from patchsae.backbone import load_backbone
-    from patchsae.scales import scale
+    from patchbook.scales import scale
+    from patchsae.clip.backbone import load_backbone
 
     backbone = load_backbone(str(project_root() / "artefacts" / "small_clip"), block=11)
     sets = scale("paper").sets(backbone, str(whole))

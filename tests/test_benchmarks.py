@@ -12,9 +12,9 @@ import torch
 from packaging.utils import canonicalize_name
 from tiny import tiny_backbone
 
-from patchsae.errors import PatchSAEError
-from patchsae.sae import SAE, SAEConfig
-from patchsae.stage import project_root
+from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.stage import project_root
+from patchsae.sae.model import SAE, SAEConfig
 
 FOLDER = project_root() / "benchmarks"
 

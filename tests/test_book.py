@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlparse
 import pytest
 import yaml
 
-from patchsae.stage import project_root
+from patchsae.runs.stage import project_root
 
 ROOT = project_root()
 PAGES = re.findall(r"(?:root|file):\s*(\S+)", (ROOT / "_toc.yml").read_text())

@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from patchsae.stage import project_root
+from patchsae.runs.stage import project_root
 
 ROOT = project_root()
 TOC = """format: jb-book

@@ -10,8 +10,8 @@ import torch
 from miniature import photo
 from PIL import Image
 
-from patchsae.benchmark_sets import open_benchmark
-from patchsae.errors import PatchSAEError
+from patchsae.images.benchmark_sets import open_benchmark
+from patchsae.runs.errors import PatchSAEError
 
 NAMES = [b"apple", b"aquarium_fish", b"baby"]
 

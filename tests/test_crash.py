@@ -10,7 +10,7 @@ import pytest
 import xarray as xr
 from safetensors.torch import load_file
 
-from patchsae.training import read_metrics
+from patchsae.training.trainer import read_metrics
 
 DRIVER = Path(__file__).with_name("crash.py")
 CASES = {
@@ -101,8 +101,8 @@ def fill_the_disk(disk: str) -> None:
     """Fill the disk during training; free it and go on. Runs in a process of its own."""
     from crash import steps_saved, train
 
-    from patchsae import training
-    from patchsae.errors import PatchSAEError
+    from patchsae.runs.errors import PatchSAEError
+    from patchsae.training import trainer as training
 
     root, filler, real = Path(disk, "results"), Path(disk, "filler"), training.write_atomic
 

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from two_ranks import SAE_CONFIG, train
 
-from patchsae.errors import PatchSAEError
-from patchsae.ranks import join, local_device
-from patchsae.sparse import Stepper
-from patchsae.training import CHECKPOINT, read_metrics
+from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.ranks import join, local_device
+from patchsae.sae.step import Stepper
+from patchsae.training.trainer import CHECKPOINT, read_metrics
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
@@ -80,7 +80,7 @@ def test_only_one_process_writes(folders):
 
 def test_the_command_line_under_torchrun(tmp_path):
     arguments = [*"--images 16 --expansion 2 --token-batch 512 --quiet --out".split(), str(tmp_path)]
-    command = [*TORCHRUN, "2", "-m", "patchsae.train", *arguments]
+    command = [*TORCHRUN, "2", "-m", "patchbook.train", *arguments]
     run = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert run.returncode == 0, run.stderr[-3000:]
     (folder,) = tmp_path.glob("sae-*")

@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import binomtest, spearmanr
 
-from patchsae import evaluation
-from patchsae.errors import PatchSAEError
-from patchsae.evaluation import (
+from patchsae.masking import through as evaluation
+from patchsae.masking.through import (
     bootstrap,
     bootstrap_ratio,
     contrastive_loss,
@@ -22,7 +21,8 @@ from patchsae.evaluation import (
     zero_shot,
     zeroed,
 )
-from patchsae.sae import SAE, SAEConfig
+from patchsae.runs.errors import PatchSAEError
+from patchsae.sae.model import SAE, SAEConfig
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from patchsae import pictograms
-from patchsae.catalogue import concepts, trained_mask
-from patchsae.factors import (
+from patchbook.chapters.factors import (
     AWAY,
     SCENES,
     SIZES,
@@ -19,7 +17,9 @@ from patchsae.factors import (
     plan_scenes,
     shown,
 )
-from patchsae.pictograms import GROUNDS, SLOTS, Layout, ground_kind, paint, written_words
+from patchbook.scenes import pictograms
+from patchbook.scenes.catalogue import concepts, trained_mask
+from patchbook.scenes.pictograms import GROUNDS, SLOTS, Layout, ground_kind, paint, written_words
 
 FIELD = {
     Factor.OBJECT: "concepts", Factor.STYLE: "styles", Factor.COLOUR: "tint", Factor.POSITION: "centre",

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from miniature import benchmark, imagenet, split_set
 
-from patchsae.benchmark_sets import BENCHMARKS, open_benchmark
-from patchsae.embedded import DATASETS, embedded_dataset
-from patchsae.errors import PatchSAEError
-from patchsae.few_shot import few_shot, read_manifest, write_manifest
-from patchsae.images import Dataset, FileImages
+from patchbook.scenes.embedded import DATASETS, embedded_dataset
+from patchsae.images.benchmark_sets import BENCHMARKS, open_benchmark
+from patchsae.images.few_shot import few_shot, read_manifest, write_manifest
+from patchsae.images.sets import Dataset, FileImages
+from patchsae.runs.errors import PatchSAEError
 
 SIDE = 32
 
@@ -106,8 +106,8 @@ class Scan:
 os.scandir, os.listdir = Scan, lambda path=".": shuffled(listdir(path))
 
 from pathlib import Path
-from patchsae.benchmark_sets import open_benchmark
-from patchsae.few_shot import write_manifest
+from patchsae.images.benchmark_sets import open_benchmark
+from patchsae.images.few_shot import write_manifest
 
 folder = f"{data}/imagenet/images/train/n01440764"
 listings = [os.listdir(folder), [entry.name for entry in os.scandir(folder)]]

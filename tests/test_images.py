@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-import patchsae.compat  # noqa: F401  (before torchvision)
-from patchsae import images as library
-from patchsae.embedded import SINGLE, SceneSet
-from patchsae.errors import PatchSAEError
-from patchsae.images import Dataset, FileImages, FolderImages, PathList, load_image
+import patchsae.runs.compat  # noqa: F401  (before torchvision)
+from patchbook.scenes.embedded import SINGLE, SceneSet
+from patchsae.images import sets as library
+from patchsae.images.sets import Dataset, FileImages, FolderImages, PathList, load_image
+from patchsae.runs.errors import PatchSAEError
 
 # isort: split
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
@@ -173,7 +173,7 @@ def test_base_is_the_larger_half_and_novel_the_rest(folder):
 
 FINGERPRINTS = """
 import json, sys
-from patchsae.images import FolderImages
+from patchsae.images.sets import FolderImages
 images = FolderImages(sys.argv[1], 32)
 parts = images, images.subset([3, 1]), images.classes([5, 2])
 print(json.dumps([part.fingerprint() for part in parts]))

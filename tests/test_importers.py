@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from patchsae.errors import PatchSAEError
-from patchsae.importers import (
+from patchsae.runs.errors import PatchSAEError
+from patchsae.sae.importers import (
     Source,
     check_import,
     export_saelens,
@@ -19,7 +19,7 @@ from patchsae.importers import (
     import_sae,
     main,
 )
-from patchsae.sae import SAE, Activation, SAEConfig
+from patchsae.sae.model import SAE, Activation, SAEConfig
 
 D_IN, D_SAE, K = 12, 48, 5
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from patchsae.errors import PatchSAEError
-from patchsae.jobs import workers
+from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.jobs import workers
 
 
 def note(folder: Path, number: int) -> None:

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from patchsae.errors import PatchSAEError
-from patchsae.label_statistics import (
+from patchsae.latents.label_statistics import (
     co_activation,
     label_entropy,
     label_std,
@@ -16,6 +15,7 @@ from patchsae.label_statistics import (
     reference_entropy,
     reference_std,
 )
+from patchsae.runs.errors import PatchSAEError
 
 
 def test_label_entropy_and_spread_follow_equation_3():

@@ -7,7 +7,7 @@ from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from tiny import tiny_backbone
 
-from patchsae.against_untrained import (
+from patchbook.chapters.against_untrained import (
     dominant,
     from_start,
     gap,
@@ -17,19 +17,29 @@ from patchsae.against_untrained import (
     purity,
     sample,
 )
-from patchsae.atlas import AtlasConfig, make_atlas
-from patchsae.backbone import zero_shot_weights
-from patchsae.best_latents import random_sae
-from patchsae.catalogue import concepts
-from patchsae.embedded import CLUTTERED, SceneSet
-from patchsae.errors import PatchSAEError
-from patchsae.evaluation import reconstruction, through_sae, zero_shot
-from patchsae.label_statistics import purity as label_purity
-from patchsae.learned import DIFFERENCES, GOALS, main, sentence, table
-from patchsae.mask_scores import METRICS, Metric, Scores
-from patchsae.probes import Directions, Fisher, Moments, Probes, answer, describe, first, open_probes, read
-from patchsae.sae import SAE, SAEConfig
-from patchsae.sparse import Stepper
+from patchbook.chapters.learned import DIFFERENCES, GOALS, main, sentence, table
+from patchbook.chapters.probes import (
+    Directions,
+    Fisher,
+    Moments,
+    Probes,
+    answer,
+    describe,
+    first,
+    open_probes,
+    read,
+)
+from patchbook.scenes.catalogue import concepts
+from patchbook.scenes.embedded import CLUTTERED, SceneSet
+from patchsae.clip.backbone import zero_shot_weights
+from patchsae.latents.atlas import AtlasConfig, make_atlas
+from patchsae.latents.best_latents import random_sae
+from patchsae.latents.label_statistics import purity as label_purity
+from patchsae.latents.scores import METRICS, Metric, Scores
+from patchsae.masking.through import reconstruction, through_sae, zero_shot
+from patchsae.runs.errors import PatchSAEError
+from patchsae.sae.model import SAE, SAEConfig
+from patchsae.sae.step import Stepper
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from tiny import tiny_backbone, tiny_images
 
-from patchsae.errors import PatchSAEError
-from patchsae.localization import (
+from patchsae.latents.maps import (
     Mode,
     covered_pixels,
     fired,
@@ -21,7 +20,8 @@ from patchsae.localization import (
     soft_mask,
     upsample,
 )
-from patchsae.sae import SAE, SAEConfig
+from patchsae.runs.errors import PatchSAEError
+from patchsae.sae.model import SAE, SAEConfig
 
 B, P, D = 5, 12, 16
 

@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from sklearn.metrics import average_precision_score
 from tiny import tiny_backbone
 
-from patchsae.best_latents import Row, alternate, choose, compare, random_sae, score_of
-from patchsae.embedded import SINGLE, SceneSet, domain_sets
-from patchsae.errors import PatchSAEError
-from patchsae.images import FolderImages
-from patchsae.localization import Fired, fired, patch_cover
-from patchsae.mask_scores import METRICS, Metric, Scores, Truth, _score, score_latents, token_length
-from patchsae.sae import SAE, SAEConfig
-from patchsae.spatial import morans_i
+from patchbook.scenes.embedded import SINGLE, SceneSet, domain_sets
+from patchsae.images.sets import FolderImages
+from patchsae.latents.best_latents import Row, alternate, choose, compare, random_sae, score_of
+from patchsae.latents.maps import Fired, fired, patch_cover
+from patchsae.latents.scores import METRICS, Metric, Scores, Truth, _score, score_latents, token_length
+from patchsae.latents.spatial import morans_i
+from patchsae.runs.errors import PatchSAEError
+from patchsae.sae.model import SAE, SAEConfig
 
 TAU = 0.05
 

@@ -11,18 +11,18 @@ import torch
 import xarray as xr
 from tiny import tiny_backbone, tiny_images
 
-from patchsae import masking
-from patchsae.activations import Tokens
-from patchsae.atlas import AtlasConfig, make_atlas
-from patchsae.backbone import Backbone, zero_shot_logits, zero_shot_weights
-from patchsae.embedded import SINGLE, SceneSet
-from patchsae.errors import PatchSAEError
-from patchsae.masked_tokens import RELEASED_BIAS, Mode, bucket_tables, masked_tokens
-from patchsae.masking import Masker, MaskingConfig, all_sizes, curves, sweep
-from patchsae.rankings import CLASS, PREDICTED, rankings
-from patchsae.sae import SAE, SAEConfig
-from patchsae.sparse import latent_lists
-from patchsae.sparse_cpu import by_token
+from patchbook.scenes.embedded import SINGLE, SceneSet
+from patchsae.clip.backbone import Backbone, zero_shot_logits, zero_shot_weights
+from patchsae.latents.atlas import AtlasConfig, make_atlas
+from patchsae.masking import sweep as masking
+from patchsae.masking.masked_tokens import RELEASED_BIAS, Mode, bucket_tables, masked_tokens
+from patchsae.masking.rankings import CLASS, PREDICTED, rankings
+from patchsae.masking.sweep import Masker, MaskingConfig, all_sizes, curves, sweep
+from patchsae.runs.errors import PatchSAEError
+from patchsae.sae.cpu import by_token
+from patchsae.sae.model import SAE, SAEConfig
+from patchsae.sae.step import latent_lists
+from patchsae.training.activations import Tokens
 
 SIZES = (1, 3, 10, 128)
 CONFIG = MaskingConfig(sizes=SIZES, random=2)
@@ -162,7 +162,7 @@ def test_nested_reconstructions_equal_dense_ones_and_those_of_the_torch_path(mod
 
 
 def masking_nest(sae, base, lists, tables, mode):
-    from patchsae.masked_tokens import _nest
+    from patchsae.masking.masked_tokens import _nest
 
     return _nest(sae.W_dec, base, lists, tables, len(SIZES), mode == "add_error")
 
@@ -243,7 +243,7 @@ import os, sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import test_masking
-from patchsae import masking
+from patchsae.masking import sweep as masking
 
 root, write = Path(sys.argv[1]), masking.write_atomic
 

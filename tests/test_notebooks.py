@@ -14,12 +14,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_prompt_files import official_state, save_official
 
-from patchsae.backbone import load_backbone
-from patchsae.errors import PatchSAEError
-from patchsae.prompts import PromptConfig, adapt
-from patchsae.published import TABLE_2
-from patchsae.run import check_parameters, run_notebook
-from patchsae.stage import project_root
+from patchbook.chapters.published import TABLE_2
+from patchbook.run import check_parameters, run_notebook
+from patchsae.adaptation.prompts import PromptConfig, adapt
+from patchsae.clip.backbone import load_backbone
+from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.stage import project_root
 
 NOTEBOOKS = sorted((project_root() / "notebooks").glob("*.ipynb"))
 
@@ -272,7 +272,7 @@ def test_table_2_at_the_paper_scale_on_two_models(tmp_path, photographs, two_cli
 
 
 def test_a_folder_that_is_not_imagenet_is_named(tmp_path):
-    from patchsae.scales import scale
+    from patchbook.scales import scale
 
     backbone = load_backbone(str(project_root() / "artefacts" / "small_clip"), block=11)
     with pytest.raises(PatchSAEError, match="parameter data"):

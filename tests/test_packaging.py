@@ -13,7 +13,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from patchsae.stage import project_root
+from patchsae.runs.stage import project_root
 
 ROOT = project_root()
 

@@ -15,13 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from patchsae import catalogue, pictograms, sprites
-from patchsae.captions import captions
-from patchsae.catalogue import SUBGROUPS, concepts, derive, trained_mask
-from patchsae.embedded import DATASETS, embedded_dataset, scene_set
-from patchsae.errors import PatchSAEError
-from patchsae.images import FolderImages
-from patchsae.pictograms import (
+from patchbook.scenes import catalogue, pictograms, sprites
+from patchbook.scenes.captions import captions
+from patchbook.scenes.catalogue import SUBGROUPS, concepts, derive, trained_mask
+from patchbook.scenes.embedded import DATASETS, embedded_dataset, scene_set
+from patchbook.scenes.pictograms import (
     SILHOUETTE,
     SLOTS,
     STYLE_WORDS,
@@ -35,8 +33,10 @@ from patchsae.pictograms import (
     uniforms,
     written_words,
 )
-from patchsae.sprites import PHOTOS, STYLES
-from patchsae.stage import project_root
+from patchbook.scenes.sprites import PHOTOS, STYLES
+from patchsae.images.sets import FolderImages
+from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.stage import project_root
 
 MANY = np.arange(20_000)
 SINGLE = SceneConfig(objects=(1.0,), word_rate=0.0)
@@ -84,7 +84,7 @@ def test_a_scene_is_the_same_in_any_batch():
 SECOND_PROCESS = """
 import hashlib, sys
 import numpy as np
-from patchsae.captions import captions; from patchsae.pictograms import render
+from patchbook.scenes.captions import captions; from patchbook.scenes.pictograms import render
 scenes = render("test", 3, np.arange(24))
 parts = (scenes.images.numpy(), scenes.masks.numpy(), scenes.concepts, scenes.styles, scenes.word)
 print(hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest())

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from patchsae.embedded import DATASETS, embedded_dataset
-from patchsae.few_shot import read_manifest
-from patchsae.prompt_files import MissingPrompts, find_prompts, load_prompts, read_card
-from patchsae.prompts import Method
-from patchsae.scales import scale
-from patchsae.stage import project_root
-from patchsae.train_prompts import EMBEDDED_SHOTS, SHOTS
+from patchbook.scales import scale
+from patchbook.scenes.embedded import DATASETS, embedded_dataset
+from patchbook.train_prompts import EMBEDDED_SHOTS, SHOTS
+from patchsae.adaptation.prompt_files import MissingPrompts, find_prompts, load_prompts, read_card
+from patchsae.adaptation.prompts import Method
+from patchsae.images.few_shot import read_manifest
+from patchsae.runs.stage import project_root
 
 FOLDER = project_root() / "artefacts" / "prompts"
 CARDS = sorted(FOLDER.glob("*/*/seed*/prompts.json"))
@@ -70,7 +70,7 @@ def test_the_target_makes_the_committed_prompts_again(plain, target, tmp_path):
 
 
 def test_prompts_that_are_not_there_are_named(plain):
-    with pytest.raises(MissingPrompts, match="of maple for 'eurosat' with seed 1.*patchsae.train_prompts"):
+    with pytest.raises(MissingPrompts, match="of maple for 'eurosat' with seed 1.*patchbook.train_prompts"):
         find_prompts(FOLDER, "eurosat", plain)
     with pytest.raises(MissingPrompts, match="of vpt for 'concepts'.*make prompts") as missing:
         find_prompts(FOLDER, "concepts", plain, method=Method.VPT)

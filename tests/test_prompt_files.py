@@ -10,10 +10,7 @@ from open_clip.model import CLIP
 from safetensors.torch import load_file, save_file
 from tiny import tiny_backbone
 
-from patchsae.backbone import Backbone, load_backbone
-from patchsae.benchmark_table import BENCHMARKS
-from patchsae.errors import PatchSAEError
-from patchsae.prompt_files import (
+from patchsae.adaptation.prompt_files import (
     MissingPrompts,
     find_prompts,
     load_official,
@@ -22,7 +19,10 @@ from patchsae.prompt_files import (
     read_card,
     save_prompts,
 )
-from patchsae.prompts import AdaptedBackbone, PromptConfig, Prompts, adapt
+from patchsae.adaptation.prompts import AdaptedBackbone, PromptConfig, Prompts, adapt
+from patchsae.clip.backbone import Backbone, load_backbone
+from patchsae.images.benchmark_table import BENCHMARKS
+from patchsae.runs.errors import PatchSAEError
 
 NAMES = ("cat", "hot_air balloon", "dog")
 DEEP = "prompt_learner.compound_prompts_text."

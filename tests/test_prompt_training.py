@@ -10,11 +10,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import tiny_images
 
-from patchsae import prompt_training
-from patchsae.augmentation import Crops
-from patchsae.errors import PatchSAEError
-from patchsae.images import Batch, ImageSet
-from patchsae.prompt_training import BASE_TO_NOVEL, CROSS_DATASET, PromptTrainConfig, train_prompts
+from patchsae.adaptation import prompt_training
+from patchsae.adaptation.prompt_training import (
+    BASE_TO_NOVEL,
+    CROSS_DATASET,
+    PromptTrainConfig,
+    train_prompts,
+)
+from patchsae.images.augmentation import Crops
+from patchsae.images.sets import Batch, ImageSet
+from patchsae.runs.errors import PatchSAEError
 
 # 24 images in 6 steps per epoch, the tiny CLIP's text tower having one block
 CONFIG = PromptTrainConfig(depth=1, epochs=2, batch_size=4, lr=0.01, checkpoint_share=1e9)

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from open_clip.model import CLIP, CustomTextCLIP
 
-from patchsae.backbone import Backbone, load_backbone, zero_shot_logits, zero_shot_weights
-from patchsae.errors import PatchSAEError
-from patchsae.prompt_text import TextTower, pack
-from patchsae.prompts import AdaptedBackbone, Method, PromptConfig, Prompts, adapt
+from patchsae.adaptation.prompt_text import TextTower, pack
+from patchsae.adaptation.prompts import AdaptedBackbone, Method, PromptConfig, Prompts, adapt
+from patchsae.clip.backbone import Backbone, load_backbone, zero_shot_logits, zero_shot_weights
+from patchsae.runs.errors import PatchSAEError
 
 NAMES = ["cat", "hot_air balloon", "jack-o-lantern", "dog", "dog"]
 VISION = {"image_size": 32, "patch_size": 8, "layers": 4, "width": 48, "head_width": 16}

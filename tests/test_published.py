@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from patchsae.benchmark_table import BENCHMARKS
-from patchsae.published import TABLE_1
+from patchbook.chapters.published import TABLE_1
+from patchsae.images.benchmark_table import BENCHMARKS
 
 
 def test_all_eleven_benchmarks_are_there():
@@ -27,7 +27,7 @@ def test_every_cell_of_table_1_is_below_the_official_one():
 
 
 def test_delta_is_that_of_table_1():
-    from patchsae.remapping import improvement_rate
+    from patchsae.adaptation.remapping import improvement_rate
 
     rates = {
         name: 100 * improvement_rate(row.clip[0] / 100, row.maple[0] / 100) for name, row in TABLE_1.items()

@@ -5,8 +5,8 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from patchsae.errors import PatchSAEError
-from patchsae.reading import auroc, multimodal, word_cards
+from patchbook.chapters.reading import auroc, multimodal, word_cards
+from patchsae.runs.errors import PatchSAEError
 
 
 def test_cards_show_their_word_and_follow_from_the_seed():

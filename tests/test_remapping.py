@@ -5,11 +5,8 @@ import pytest
 import torch
 from test_prompts import learned, make
 
-from patchsae import masking
-from patchsae.backbone import zero_shot_logits, zero_shot_weights
-from patchsae.embedded import SINGLE, SceneSet
-from patchsae.errors import PatchSAEError
-from patchsae.remapping import (
+from patchbook.scenes.embedded import SINGLE, SceneSet
+from patchsae.adaptation.remapping import (
     PARTS,
     Parts,
     Reading,
@@ -24,7 +21,10 @@ from patchsae.remapping import (
     selection_half,
     share_of_gain,
 )
-from patchsae.sae import SAE, SAEConfig
+from patchsae.clip.backbone import zero_shot_logits, zero_shot_weights
+from patchsae.masking import sweep as masking
+from patchsae.runs.errors import PatchSAEError
+from patchsae.sae.model import SAE, SAEConfig
 
 
 def counts(seed: int, classes: int = 3, latents: int = 40) -> np.ndarray:
@@ -256,7 +256,7 @@ def test_models_cut_at_different_blocks_are_refused(models):
 
 
 def test_prompt_tokens_are_counted_only_if_asked_for(models, tmp_path):
-    from patchsae.atlas import AtlasConfig, make_atlas
+    from patchsae.latents.atlas import AtlasConfig, make_atlas
 
     adapted = models[1]["maple"]
     images = SceneSet("prompted", "train", range(0, 20, 2), (0, 1), 2, SINGLE)

@@ -10,11 +10,9 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from patchsae import figures
-from patchsae.collecting import collect, collect_beyond, count_verdicts
-from patchsae.errors import PatchSAEError
-from patchsae.evaluation import Interval
-from patchsae.report import (
+from patchbook import figures
+from patchbook.collecting import collect, collect_beyond, count_verdicts
+from patchbook.report import (
     BEYOND,
     ITEMS,
     KEY,
@@ -27,7 +25,9 @@ from patchsae.report import (
     label_of,
     within,
 )
-from patchsae.stage import project_root
+from patchsae.masking.through import Interval
+from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.stage import project_root
 
 NOTEBOOKS = sorted((project_root() / "notebooks").glob("*.ipynb"))
 DRAWN = {name: getattr(figures, name) for name in figures.__all__ if name[0].islower()}

@@ -11,8 +11,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from patchsae.errors import PatchSAEError
-from patchsae.run import check_parameters, main
+from patchbook.run import check_parameters, main
+from patchsae.runs.errors import PatchSAEError
 
 PARAMETERS = '''"""Sizes and places."""
 steps = 10  # how long
@@ -125,7 +125,7 @@ def test_a_kernelspec_installed_elsewhere_is_not_taken(notebook, tmp_path):
     command = [
         sys.executable,
         "-m",
-        "patchsae.run",
+        "patchbook.run",
         str(notebook("print(1)")),
         str(tmp_path / "out.ipynb"),
     ]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from patchsae.errors import PatchSAEError
-from patchsae.sae import SAE, Loss, SAEConfig, geometric_median
+from patchsae.runs.errors import PatchSAEError
+from patchsae.sae.model import SAE, Loss, SAEConfig, geometric_median
 
 GOLDEN = Path(__file__).parent / "golden"
 

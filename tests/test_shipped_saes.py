@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import CONFIG
 
-from patchsae.ablation import Budget
-from patchsae.errors import PatchSAEError
-from patchsae.recipes import book_plan, fvu_of_pca, recipes
-from patchsae.sae import SAE, SAEConfig
-from patchsae.scales import scale
-from patchsae.shipped import find_or_train, load_shipped, publish, put, read_index, shelf
-from patchsae.stage import file_digest, project_root
-from patchsae.training import train_sae, training_digest
+from patchbook.chapters.ablation import Budget
+from patchbook.recipes import book_plan, fvu_of_pca, recipes
+from patchbook.scales import scale
+from patchbook.shipped import find_or_train, load_shipped, publish, put, read_index, shelf
+from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.stage import file_digest, project_root
+from patchsae.sae.model import SAE, SAEConfig
+from patchsae.training.trainer import train_sae, training_digest
 
 SAE_CONFIG = SAEConfig(d_in=32, expansion=4, l1=1e-4)
 FOLDER = project_root() / "artefacts" / "sae"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from patchsae.stage import project_root
+from patchsae.runs.stage import project_root
 
 FOLDER = project_root() / "artefacts" / "small_clip"
 sys.path.insert(0, str(FOLDER))

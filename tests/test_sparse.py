@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patchsae import sparse_cpu
-from patchsae.errors import PatchSAEError
-from patchsae.sae import SAE, SAEConfig
-from patchsae.sparse import Execution, Stepper, latent_lists
+from patchsae.runs.errors import PatchSAEError
+from patchsae.sae import cpu as sparse_cpu
+from patchsae.sae.model import SAE, SAEConfig
+from patchsae.sae.step import Execution, Stepper, latent_lists
 
 GOLDEN = Path(__file__).parent / "golden"
 SPARSE = [Execution.SPARSE, Execution.SPARSE_F32]
@@ -69,7 +69,7 @@ def test_losses_and_gradients_equal_the_released_code(name, execution):
     ids=lambda config: "-".join(map(str, config.values())),
 )
 def test_steps_equal_dense_adam_idle_latents_included(execution, config, monkeypatch):
-    monkeypatch.setattr("patchsae.sparse.BF16_CROSSOVER", 1.0)
+    monkeypatch.setattr("patchsae.sae.step.BF16_CROSSOVER", 1.0)
     dense, sparse = quiet_sae(40, 6, **config), quiet_sae(40, 6, **config)
     a, b = Stepper(dense, Execution.DENSE), Stepper(sparse, execution)
     draw = torch.Generator().manual_seed(0)

@@ -15,10 +15,10 @@ if DEVICE == "cpu":
 triton = pytest.importorskip("triton")
 
 from patchsae import sparse_gpu as gpu  # noqa: E402
-from patchsae.errors import PatchSAEError  # noqa: E402
-from patchsae.sae import SAE, SAEConfig  # noqa: E402
-from patchsae.sparse import Stepper  # noqa: E402
-from patchsae.sparse_ghost import GhostRows  # noqa: E402
+from patchsae.runs.errors import PatchSAEError  # noqa: E402
+from patchsae.sae.ghost import GhostRows  # noqa: E402
+from patchsae.sae.model import SAE, SAEConfig  # noqa: E402
+from patchsae.sae.step import Stepper  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
 PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -278,7 +278,7 @@ def test_wrong_tensors_are_refused():
 @pytest.mark.parametrize("config", [{"ghost": False}, {"loss": "squared_error", "cls_weight": 3.0}])
 def test_the_stepper_takes_the_dense_step_with_these_kernels(config, monkeypatch):
     monkeypatch.setattr(Stepper, "_kernels", lambda self: gpu)
-    monkeypatch.setattr("patchsae.sparse.BF16_CROSSOVER", 1.0)
+    monkeypatch.setattr("patchsae.sae.step.BF16_CROSSOVER", 1.0)
     dense, sparse = (sae_and_tokens(**config)[0] for _ in range(2))
     steppers = Stepper(dense, "dense"), Stepper(sparse, "sparse")
     dead = torch.arange(dense.d_sae, device=DEVICE) % 4 == 0
@@ -315,8 +315,8 @@ def compile_only(self, *args, warmup, **options):
     print(self.__name__, "wgmma" in run(self, *args, warmup=True, **options).asm["ptx"])
 JITFunction.run = compile_only
 torch.empty, torch.Tensor.new_empty = torch.zeros, torch.Tensor.new_zeros  # nothing runs that fills them
-from patchsae import sparse_gpu as gpu
-from patchsae.sparse_ghost import GhostRows
+from patchsae.sae import gpu
+from patchsae.sae.ghost import GhostRows
 
 x, W, b = torch.zeros(128, 768), torch.zeros(256, 768), torch.zeros(256)
 active = gpu.active_set(x, W, b, bf16=False)

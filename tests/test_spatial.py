@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_array
 
-from patchsae.errors import PatchSAEError
-from patchsae.localization import Fired
-from patchsae.spatial import monosemanticity, morans_i
+from patchsae.latents.maps import Fired
+from patchsae.latents.spatial import monosemanticity, morans_i
+from patchsae.runs.errors import PatchSAEError
 
 
 def rows_of(maps: np.ndarray) -> Fired:

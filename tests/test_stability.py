@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from patchsae.errors import PatchSAEError
-from patchsae.sae import SAE, SAEConfig
-from patchsae.stability import Against, cosines, matched_cosines, pairs, pw_mcc
+from patchsae.latents.stability import Against, cosines, matched_cosines, pairs, pw_mcc
+from patchsae.runs.errors import PatchSAEError
+from patchsae.sae.model import SAE, SAEConfig
 
 
 def rows(n: int, d: int = 8, seed: int = 0) -> torch.Tensor:

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patchsae.cadence import Cadence
-from patchsae.errors import PatchSAEError
-from patchsae.stage import Stage, digest, jsonable, project_root, write_atomic, write_json
+from patchsae.runs.cadence import Cadence
+from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.stage import Stage, digest, jsonable, project_root, write_atomic, write_json
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -44,7 +44,7 @@ def test_digest_ignores_key_order_and_sees_every_value():
 
 
 def test_digest_is_the_same_in_another_process():
-    code = "from patchsae.stage import digest; print(digest({'words': {'b', 'a', 'c'}, 'x': 0.1}))"
+    code = "from patchsae.runs.stage import digest; print(digest({'words': {'b', 'a', 'c'}, 'x': 0.1}))"
     for seed in "01":
         env = os.environ | {"PYTHONHASHSEED": seed}
         told = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
@@ -105,7 +105,7 @@ def test_what_was_not_finished_is_made_again(tmp_path):
 
 def test_saving_takes_its_share_of_the_time(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("patchsae.cadence.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("patchsae.runs.cadence.time.monotonic", lambda: now[0])
     cadence, saved = Cadence(0.1), []
 
     def save():

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from tiny import CONFIG
 
-from patchsae import activations
-from patchsae.embedded import SceneSet
-from patchsae.errors import PatchSAEError
-from patchsae.images import FolderImages
-from patchsae.loading import Pixels, read_batches
-from patchsae.ranks import Ranks
-from patchsae.stream import StreamConfig, TokenBatch, TokenStream, image_order
+from patchbook.scenes.embedded import SceneSet
+from patchsae.images.loading import Pixels, read_batches
+from patchsae.images.sets import FolderImages
+from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.ranks import Ranks
+from patchsae.training import activations
+from patchsae.training.stream import StreamConfig, TokenBatch, TokenStream, image_order
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ import torch
 from test_prompts import learned, make
 from tiny import tiny_backbone
 
-from patchsae.backbone import load_backbone
-from patchsae.stage import project_root
-from patchsae.tail import Tail
+from patchsae.clip.backbone import load_backbone
+from patchsae.clip.tail import Tail
+from patchsae.runs.stage import project_root
 
 
 @pytest.mark.parametrize("block", [0, 1, 2])

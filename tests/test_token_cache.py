@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from patchsae import token_cache
-from patchsae.activations import Activations, Tokens
-from patchsae.errors import PatchSAEError
-from patchsae.token_cache import fill, from_cache, parts_of
+from patchsae.runs.errors import PatchSAEError
+from patchsae.training import token_cache
+from patchsae.training.activations import Activations, Tokens
+from patchsae.training.token_cache import fill, from_cache, parts_of
 
 
 def files(root) -> dict[str, bytes]:
@@ -14,7 +14,7 @@ def files(root) -> dict[str, bytes]:
 
 
 def test_one_pass_makes_the_caches_that_are_made_one_by_one(backbone, images, tmp_path, monkeypatch):
-    for module in (token_cache, "patchsae.activations"):
+    for module in (token_cache, "patchsae.training.activations"):
         where = module if isinstance(module, str) else module.__name__
         monkeypatch.setattr(f"{where}.SHARD_IMAGES", 16)
     kinds = [(1, Tokens.ALL), (2, Tokens.ALL), (2, Tokens.CLS)]

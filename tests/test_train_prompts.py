@@ -11,15 +11,15 @@ from miniature import benchmark
 from open_clip.model import CLIP
 from safetensors.torch import load_file, save_file
 
-from patchsae import prompt_training
-from patchsae.backbone import load_backbone
-from patchsae.benchmark_sets import open_benchmark
-from patchsae.embedded import embedded_dataset
-from patchsae.few_shot import read_manifest
-from patchsae.prompt_files import find_prompts, read_card
-from patchsae.prompts import Method
-from patchsae.scales import scale
-from patchsae.train_prompts import main
+from patchbook.scales import scale
+from patchbook.scenes.embedded import embedded_dataset
+from patchbook.train_prompts import main
+from patchsae.adaptation import prompt_training
+from patchsae.adaptation.prompt_files import find_prompts, read_card
+from patchsae.adaptation.prompts import Method
+from patchsae.clip.backbone import load_backbone
+from patchsae.images.benchmark_sets import open_benchmark
+from patchsae.images.few_shot import read_manifest
 
 VISION = {"image_size": 48, "patch_size": 16, "layers": 11, "width": 32, "head_width": 16}
 TEXT = {"context_length": 20, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 3}
@@ -152,9 +152,9 @@ def test_bad_input_ends_in_one_sentence(tmp_path, clip, capsys, arguments, sente
 
 
 def test_help_is_there_at_once():
-    code = "import sys, patchsae.train_prompts; print('torch' in sys.modules)"
+    code = "import sys, patchbook.train_prompts; print('torch' in sys.modules)"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert told.stdout == "False\n"  # a worker that decodes images imports it too
-    command = [sys.executable, "-m", "patchsae.train_prompts", "--help"]
+    command = [sys.executable, "-m", "patchbook.train_prompts", "--help"]
     told = subprocess.run(command, capture_output=True, text=True)
     assert told.returncode == 0 and "--precision" in told.stdout

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import CONFIG, tiny_backbone, tiny_images
 
-from patchsae import train
-from patchsae.errors import PatchSAEError
-from patchsae.sae import SAE, Loss, SAEConfig, geometric_median, geometric_median_images
-from patchsae.sparse import Execution, Stepper
-from patchsae.starts import BiasInit, initial_bias, initial_rows
-from patchsae.stream import TokenStream
-from patchsae.training import CHECKPOINT, TrainConfig, train_sae
+from patchbook import train
+from patchsae.runs.errors import PatchSAEError
+from patchsae.sae.model import SAE, Loss, SAEConfig, geometric_median, geometric_median_images
+from patchsae.sae.step import Execution, Stepper
+from patchsae.training.starts import BiasInit, initial_bias, initial_rows
+from patchsae.training.stream import TokenStream
+from patchsae.training.trainer import CHECKPOINT, TrainConfig, train_sae
 
 SAE_CONFIG = SAEConfig(d_in=32, expansion=4, l1=1e-4)
 

@@ -5,12 +5,9 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from patchsae import figures
-from patchsae.errors import PatchSAEError
-from patchsae.evaluation import group_auroc
-from patchsae.factors import Factor, levels, plan_scenes, shown
-from patchsae.sae import SAE, SAEConfig
-from patchsae.truth import (
+from patchbook import figures
+from patchbook.chapters.factors import Factor, levels, plan_scenes, shown
+from patchbook.chapters.truth import (
     Dictionary,
     TruthConfig,
     clearest,
@@ -22,6 +19,9 @@ from patchsae.truth import (
     selectivity,
     supervised,
 )
+from patchsae.masking.through import group_auroc
+from patchsae.runs.errors import PatchSAEError
+from patchsae.sae.model import SAE, SAEConfig
 
 CONFIG = TruthConfig(least=4)
 

@@ -5,10 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from patchsae.errors import PatchSAEError
-from patchsae.evaluation import Interval
-from patchsae.report import Reason, Verdict
-from patchsae.verdicts import (
+from patchbook.chapters.verdicts import (
     HOLDS,
     Judged,
     all_of,
@@ -29,6 +26,9 @@ from patchsae.verdicts import (
     reason_within,
     unseen_gains_more,
 )
+from patchbook.report import Reason, Verdict
+from patchsae.masking.through import Interval
+from patchsae.runs.errors import PatchSAEError
 
 REPRODUCED, DIFFERS, OPEN = Verdict.REPRODUCED, Verdict.DIFFERS, Verdict.OPEN
 NEAR, FAR, ACROSS = Interval(0.5, 0.1, 0.9), Interval(5.0, 4.0, 6.0), Interval(1.5, 0.5, 2.5)

@@ -24,11 +24,16 @@ from test_prompt_training import CONFIG as PROMPTS
 from tiny import CONFIG, tiny_backbone, tiny_images
 from tiny_explorer import make_parts, tuned
 
-from patchsae import ablation, activations, atlas, masking, prompt_training, remapping, training
-from patchsae.backbone import zero_shot_weights
-from patchsae.explorer import blocks
-from patchsae.sae import SAEConfig
-from patchsae.stage import write_json
+from patchbook.chapters import ablation
+from patchbook.explorer import blocks
+from patchsae.adaptation import prompt_training, remapping
+from patchsae.clip.backbone import zero_shot_weights
+from patchsae.latents import atlas
+from patchsae.masking import sweep as masking
+from patchsae.runs.stage import write_json
+from patchsae.sae.model import SAEConfig
+from patchsae.training import activations
+from patchsae.training import trainer as training
 
 GOLDEN = Path(__file__).parent / "golden" / "versions.json"
 SHORT = replace(CONFIG, images=24)  # ten steps: processors agree on them

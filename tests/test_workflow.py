@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from patchsae.benchmark_table import BENCHMARKS
-from patchsae.embedded import DATASETS
-from patchsae.run import check_parameters, read_parameters
-from patchsae.stage import project_root
+from patchbook.run import check_parameters, read_parameters
+from patchbook.scenes.embedded import DATASETS
+from patchsae.images.benchmark_table import BENCHMARKS
+from patchsae.runs.stage import project_root
 
 ROOT = project_root()
 WORKFLOW = ROOT / "workflow"

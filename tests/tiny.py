@@ -1,15 +1,15 @@
 """A CLIP of open_clip's own architecture and a set of real scenes, both small, for tests to train on."""
 
-import patchsae.compat  # noqa: F401  (before open_clip)
+import patchsae.runs.compat  # noqa: F401  (before open_clip)
 
 # isort: split
 import open_clip
 import torch
 from open_clip.model import CLIP
 
-from patchsae.backbone import Backbone
-from patchsae.embedded import SINGLE, SceneSet
-from patchsae.training import TrainConfig
+from patchbook.scenes.embedded import SINGLE, SceneSet
+from patchsae.clip.backbone import Backbone
+from patchsae.training.trainer import TrainConfig
 
 # 96 images of 50 tokens in 4 chunks of 1,200 tokens; uneven lanes, two epochs and a half
 CONFIG = TrainConfig(

@@ -7,13 +7,13 @@ import torch
 import xarray as xr
 from tiny import tiny_backbone, tiny_images
 
-from patchsae.atlas import AtlasConfig, make_atlas
-from patchsae.backbone import Backbone
-from patchsae.embedded import SINGLE, SceneSet
-from patchsae.explorer import Explorer, ReferenceSet, Shown, write_blocks
-from patchsae.images import ImageSet
-from patchsae.prompts import PromptConfig, adapt
-from patchsae.sae import SAE, SAEConfig
+from patchbook.explorer import Explorer, ReferenceSet, Shown, write_blocks
+from patchbook.scenes.embedded import SINGLE, SceneSet
+from patchsae.adaptation.prompts import PromptConfig, adapt
+from patchsae.clip.backbone import Backbone
+from patchsae.images.sets import ImageSet
+from patchsae.latents.atlas import AtlasConfig, make_atlas
+from patchsae.sae.model import SAE, SAEConfig
 
 HASH = "sae-of-a-test"
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from tiny import CONFIG, tiny_backbone, tiny_images
 
-from patchsae.ranks import join
-from patchsae.sae import SAEConfig
-from patchsae.training import train_sae
+from patchsae.runs.ranks import join
+from patchsae.sae.model import SAEConfig
+from patchsae.training.trainer import train_sae
 
 # Large steps and a short window, so that latents die; the last chunk's one image leaves the second process
 # without tokens. Short, because ghost gradients and Adam enlarge differences of rounding step by step.

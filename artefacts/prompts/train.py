@@ -1,6 +1,6 @@
 """Learn the prompts of this folder where they are missing (`make prompts`).
 
-A thin call of `python -m patchsae.train_prompts`: it says which seeds of which sets the book needs. Files
+A thin call of `python -m patchbook.train_prompts`: it says which seeds of which sets the book needs. Files
 are in half precision; a set's manifest.json tells what it was learned from.
 
     python artefacts/prompts/train.py --dataset silhouettes --seeds 1 2 3
@@ -12,9 +12,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from patchsae.embedded import DATASETS
-from patchsae.prompts import Method
-from patchsae.train_prompts import main as train_prompts
+from patchbook.scenes.embedded import DATASETS
+from patchbook.train_prompts import main as train_prompts
+from patchsae.adaptation.prompts import Method
 
 HERE = Path(__file__).parent
 SEEDS = dict.fromkeys(("silhouettes", "sketch_objects", "sketch_activities"), (1, 2, 3))

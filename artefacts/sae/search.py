@@ -20,15 +20,15 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from patchsae.against_untrained import Learned, measure
-from patchsae.errors import PatchSAEError
-from patchsae.evaluation import Interval
-from patchsae.jobs import workers
-from patchsae.probes import open_probes
-from patchsae.sae import SAE, SAEConfig
-from patchsae.scales import scale
-from patchsae.stage import project_root, write_atomic
-from patchsae.training import TrainConfig, train_sae
+from patchbook.chapters.against_untrained import Learned, measure
+from patchbook.chapters.probes import open_probes
+from patchbook.scales import scale
+from patchsae.masking.through import Interval
+from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.jobs import workers
+from patchsae.runs.stage import project_root, write_atomic
+from patchsae.sae.model import SAE, SAEConfig
+from patchsae.training.trainer import TrainConfig, train_sae
 
 HERE = Path(__file__).parent
 DIFFERENT = 6_000  # training images whose tokens are cached

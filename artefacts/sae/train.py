@@ -2,7 +2,7 @@
 
 Tokens are computed once into a cache under the work folder; a run that was stopped goes on. An autoencoder
 whose inputs have not changed stays as it is; after a change of the small CLIP, the scenes or a recipe the
-same command makes anew what no longer fits. What each is trained from is in `patchsae.recipes`; files are
+same command makes anew what no longer fits. What each is trained from is in `patchbook.recipes`; files are
 in half precision and their cards tell recipe, measurements and licence.
 
     python artefacts/sae/train.py --only main block2 --jobs 1
@@ -16,12 +16,12 @@ import shutil
 import sys
 from pathlib import Path
 
-from patchsae.errors import PatchSAEError
-from patchsae.jobs import workers
-from patchsae.recipes import Plan, book_plan, card_of, measure, recipes, tiny_plan
-from patchsae.shipped import CARD, load_shipped, publish, put, read_index
-from patchsae.stage import project_root
-from patchsae.training import train_sae, training_digest
+from patchbook.recipes import Plan, book_plan, card_of, measure, recipes, tiny_plan
+from patchbook.shipped import CARD, load_shipped, publish, put, read_index
+from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.jobs import workers
+from patchsae.runs.stage import project_root
+from patchsae.training.trainer import train_sae, training_digest
 
 HERE = Path(__file__).parent
 LIMIT = 20e6  # bytes of all weights together

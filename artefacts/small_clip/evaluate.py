@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import torch
 
-from patchsae.catalogue import concepts, trained_mask
-from patchsae.pictograms import STYLE_WORDS, SceneConfig, render
-from patchsae.sprites import STYLES
+from patchbook.scenes.catalogue import concepts, trained_mask
+from patchbook.scenes.pictograms import STYLE_WORDS, SceneConfig, render
+from patchbook.scenes.sprites import STYLES
 
 SINGLE = SceneConfig(objects=(1.0,), word_rate=0.0)
 SEED = 2_000  # test scenes of the card; the datasets of the book use other seeds

@@ -27,17 +27,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-import patchsae.compat  # noqa: F401  (before open_clip)
+import patchsae.runs.compat  # noqa: F401  (before open_clip)
 
 # isort: split
 from open_clip.model import CLIP
 from open_clip.tokenizer import SimpleTokenizer
 
-from patchsae.captions import captions
-from patchsae.catalogue import concepts, trained_mask
-from patchsae.pictograms import SceneConfig, render
-from patchsae.ranks import Ranks, join, local_device
-from patchsae.stage import project_root, write_atomic, write_json
+from patchbook.scenes.captions import captions
+from patchbook.scenes.catalogue import concepts, trained_mask
+from patchbook.scenes.pictograms import SceneConfig, render
+from patchsae.runs.ranks import Ranks, join, local_device
+from patchsae.runs.stage import project_root, write_atomic, write_json
 
 sys.path.insert(0, str(Path(__file__).parent))
 from evaluate import accuracy, summary

@@ -1,3 +1,3 @@
-"""Sparse autoencoders on every patch of CLIP: the library behind the book."""
+"""Sparse autoencoders on every patch of CLIP: the engine behind the book."""
 
 __version__ = "0.1.0"

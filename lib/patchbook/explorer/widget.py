@@ -1,0 +1,189 @@
+"""The explorer as an object of a notebook: live with a kernel, and as a page that needs none."""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import anywidget
+import traitlets
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from patchbook.explorer.blocks import Shown, activation_block, picture_block, read_block, read_index
+from patchbook.explorer.data import activations
+from patchsae.images.sets import resize_and_crop
+from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.stage import project_root
+from patchsae.sae.model import SAE
+
+STATIC = Path(__file__).parent / "static"
+SOURCE = "\n".join(  # one module, for neither anywidget nor a page from disk could load a second
+    (STATIC / name).read_text(encoding="utf-8")
+    for name in ("numbers.js", "charts.js", "elements.js", "explorer.js")
+)
+MEGAPIXELS = 100  # a larger image is refused before it is decoded; any other is resized as CLIP's own are
+LONGEST = 50  # times as long as wide: resizing a strip's short side would make the long one huge
+
+
+class Explorer(anywidget.AnyWidget):
+    """Show a folder of blocks; with an SAE and models, also any image of the user's.
+
+    Parameters
+    ----------
+    folder : what `write_blocks` returned
+    sae, sae_hash, models : what the blocks were made with; without them only the gallery can be picked
+
+    A mistake of the user's (a file that is no image, one of more than 100 megapixels, an SAE that is not
+    the blocks') becomes a message in the widget, which goes on working. Raises PatchSAEError for a folder
+    without blocks.
+    """
+
+    _esm = SOURCE
+    _css = STATIC / "explorer.css"
+    index = traitlets.Dict().tag(sync=True)
+
+    def __init__(
+        self,
+        folder: str | Path,
+        sae: SAE | None = None,
+        sae_hash: str = "",
+        models: Sequence[Shown] = (),
+    ):
+        self.folder, self.sae, self.models = Path(folder), sae, tuple(models)
+        index = read_index(folder)
+        notices, live = list(index["notices"]), sae is not None
+        if live and (problem := self._misfit(index, sae_hash)):
+            notices, live = [*notices, problem], False
+        super().__init__(index=index | {"live": live, "notices": notices, "own": []})
+        self._own: dict[int, Tensor] = {}
+        self.on_msg(self._answer)
+
+    def _misfit(self, index: dict[str, Any], sae_hash: str) -> str:
+        if sae_hash != index["sae"] or self.sae.fingerprint() != index["weights"]:
+            return (
+                f"These pages describe {index['sae']}, not the {sae_hash or 'SAE'} given: only the gallery "
+                f"can be picked; make the blocks with this SAE to open other images."
+            )
+        given = [[model.title, model.backbone.fingerprint()] for model in self.models]
+        if given != [list(pair) for pair in zip(index["models"], index["backbones"], strict=True)]:
+            return (
+                f"The models given are not those of the pages ({', '.join(index['models'])}): only the "
+                f"gallery can be picked; give the same models to open other images."
+            )
+        return ""
+
+    def block(self, name: str) -> Any:
+        """Return a block, computed for the user's images and read for all others.
+
+        Raises PatchSAEError for a name that there is none of.
+        """
+        kind, *numbers = name.split("-")
+        number = int(numbers[0]) if numbers and numbers[0].isdecimal() else -1
+        if number in self._own and kind == "image":
+            return picture_block(Image.fromarray(self._own[number].permute(1, 2, 0).numpy()))
+        if number in self._own and kind == "acts":
+            model = self.models[int(numbers[1])]
+            return activation_block(activations(self.sae, model.backbone, self._own[number][None])[0])
+        return read_block(self.folder, name)
+
+    def add(self, source: str | Path | bytes, title: str = "", note: str = "") -> int:
+        """Take an image of the user's, by path or by content, and pick it; return its number.
+
+        Raises PatchSAEError for what is no image, or larger than 100 megapixels.
+        """
+        if not self.index["live"]:
+            raise PatchSAEError("this explorer has no models: make it with sae, sae_hash and models.")
+        picture, title = read_picture(source, title)
+        size = self.models[0].backbone.image_size
+        number = len(self.index["gallery"]) + len(self._own)
+        self._own[number] = resize_and_crop(picture, size)
+        width, height = picture.size
+        fitted = f"resized and cropped to {size} × {size} as CLIP takes them"
+        text = f"{title}: {width} × {height} pixels, {fitted}{note}."
+        caption = {"title": title, "set": "your images"}
+        self.index = self.index | {"own": [*self.index["own"], caption]}  # for views opened later
+        self.send({"added": {"number": number, "caption": caption, "note": text}})
+        return number
+
+    def _answer(self, _: Any, content: dict[str, Any], buffers: Sequence[memoryview]) -> None:
+        name = content.get("want")
+        try:
+            if name is not None:
+                self.send({"block": name, "data": self.block(str(name))})
+            elif "path" in content:
+                self.add(str(content["path"]))
+            elif "upload" in content:
+                self.add(bytes(buffers[0]), str(content["upload"]), str(content.get("note", "")))
+        except Exception as error:  # an error in a callback would end in the log, unseen
+            text = str(error) if isinstance(error, PatchSAEError) else f"{type(error).__name__}: {error}"
+            self.send({"problem": text} if name is None else {"block": name, "failed": text})
+
+    def html(self, base: str = "") -> str:
+        """Return the explorer as part of a page.
+
+        base : where the folder of blocks lies, seen from the page and with '/' at its end; by default
+            `_static/explorer/` of the book, where book/build.py brings it
+        """
+        index = self.index | {"live": False, "own": []}
+        root, folder = project_root(), self.folder.resolve()
+        place = folder.relative_to(root).as_posix() if folder.is_relative_to(root) else folder.as_posix()
+        parts = {
+            "index": _script(index),
+            "source": _script(SOURCE),
+            "start": (STATIC / "page.js").read_text(encoding="utf-8").strip(),
+            "style": (STATIC / "explorer.css").read_text(encoding="utf-8"),
+        }
+        return (
+            f"<style>{parts['style']}</style>\n"
+            f'<div class="patchsae-explorer" data-blocks="{escape(place)}" data-base="{escape(base)}">'
+            f"<p>The explorer runs in the rendered book, or live in JupyterLab.</p></div>\n"
+            f"<script>{parts['start']}({parts['index']}, {parts['source']});</script>"
+        )
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+        bundle = super()._repr_mimebundle_(**kwargs)
+        data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
+        return data | {"text/html": self.html()}, metadata
+
+
+def _script(value: Any) -> str:
+    """Write a value as JavaScript that cannot end the script it stands in."""
+    return json.dumps(value).replace("</", "<\\/").replace("<!--", "<\\!--")
+
+
+def read_picture(source: str | Path | bytes, title: str = "") -> tuple[Image.Image, str]:
+    """Decode an image in RGB and name it.
+
+    A photo is turned as its EXIF data say, as browsers show it. Raises PatchSAEError for a missing file,
+    what is no image, more than 100 megapixels, and a strip more than 50 times as long as wide.
+    """
+    by_content = isinstance(source, bytes)
+    title = title or ("uploaded image" if by_content else Path(source).name)
+    if not by_content and not Path(source).expanduser().is_file():
+        raise PatchSAEError(f"There is no file {Path(source).expanduser().absolute()}: correct the path.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is our own
+            file = Image.open(io.BytesIO(source) if by_content else Path(source).expanduser())
+        with file:
+            pixels, (short, long) = file.width * file.height, sorted(file.size)
+            if pixels <= MEGAPIXELS * 1e6 and long <= LONGEST * short:
+                return ImageOps.exif_transpose(file).convert("RGB"), title
+    except Image.DecompressionBombError:
+        pixels = float("inf")
+    except Exception as error:  # Pillow's decoders raise errors of many kinds on damaged files
+        raise PatchSAEError(
+            f"{title} is no image that can be read ({type(error).__name__}): choose a PNG or JPEG file."
+        ) from error
+    if pixels <= MEGAPIXELS * 1e6:
+        raise PatchSAEError(
+            f"{title} is {long} pixels long and {short} wide, more than {LONGEST} times: cut out a part."
+        )
+    size = f"{pixels / 1e6:,.0f} megapixels, more" if pixels < float("inf") else "far more"
+    raise PatchSAEError(f"{title} has {size} than {MEGAPIXELS} megapixels: make it smaller.")

@@ -1,0 +1,199 @@
+"""Figures of what latents respond to (Fig. 3, 10, 14)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import xarray as xr
+from matplotlib.figure import Figure
+
+from patchbook.figures.parts import draw_pictures, figure_of
+
+
+@figure_of("Fig. 3", "Fig. 11")
+def statistics_scatter(atlas: xr.Dataset, marked: Mapping[str, int] | None = None) -> Figure:
+    """Fig. 3, left: log10 frequency against log10 mean activation, coloured by label entropy."""
+    alive = (atlas.frequency > 0).values
+    x = np.log10(atlas.frequency.values[alive])
+    y = np.log10(atlas.mean_activation.values[alive])
+    figure = plt.figure(figsize=(7, 6), layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=(4, 1), height_ratios=(1, 4))
+    axis = figure.add_subplot(grid[1, 0])
+    top, right = figure.add_subplot(grid[0, 0], sharex=axis), figure.add_subplot(grid[1, 1], sharey=axis)
+    points = axis.scatter(x, y, c=atlas.entropy.values[alive], s=6, cmap="viridis", linewidths=0)
+    axis.set(
+        xlabel="log10 activated frequency (share of images)",
+        ylabel="log10 mean activation (image mean over active images)",
+    )
+    top.hist(x, bins=60, color="0.6")
+    right.hist(y, bins=60, color="0.6", orientation="horizontal")
+    top.set_ylabel("latents")
+    right.set_xlabel("latents")
+    top.tick_params(labelbottom=False)
+    right.tick_params(labelleft=False)
+    figure.colorbar(points, ax=right, label="label entropy (nat)", fraction=0.5)
+    for name, latent in (marked or {}).items():
+        place = (np.log10(atlas.frequency.values[latent]), np.log10(atlas.mean_activation.values[latent]))
+        axis.plot(*place, "o", ms=11, mfc="none", mec="crimson", mew=1.6)
+        axis.annotate(
+            name, place, xytext=(7, 7), textcoords="offset points", color="crimson", weight="bold"
+        )
+    return figure
+
+
+@figure_of("Fig. 3", "Fig. 6", "Fig. 10")
+def reference_images(rows: Mapping[str, tuple[Sequence[np.ndarray], Sequence[str]]]) -> Figure:
+    """Fig. 3, right: one row of reference images per latent, the label below each."""
+    columns = max(len(images) for images, _ in rows.values())
+    figure = plt.figure(figsize=(1.3 * columns, 1.95 * len(rows)), layout="constrained")
+    lines = np.atleast_1d(figure.subfigures(len(rows), 1))
+    for line, (name, (images, labels)) in zip(lines, rows.items(), strict=True):
+        line.suptitle(name, fontsize=9, x=0.01, ha="left")
+        axes = line.subplots(1, columns, squeeze=False)[0]
+        draw_pictures(axes, images, labels)
+    return figure
+
+
+@figure_of()
+def purity_histogram(observed: np.ndarray, null: np.ndarray) -> Figure:
+    """Show the share of the commonest label among references against the permutation null."""
+    figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    axis.hist(observed, bins=np.linspace(0, 1, 22), color="tab:blue", alpha=0.75, label="latents")
+    axis.axvline(observed.mean(), color="tab:blue", lw=2, label=f"mean {observed.mean():.2f}")
+    axis.axvline(null.mean(), color="0.3", ls="--", label=f"mean, labels permuted {null.mean():.2f}")
+    axis.set(xlabel="share of the commonest label among the references", ylabel="latents")
+    axis.legend()
+    return figure
+
+
+@figure_of()
+def mass_scatter(
+    expected: np.ndarray, mass: np.ndarray, expected_share: float, mass_share: float
+) -> Figure:
+    """Show the share of each latent's activation inside objects against that of an even spread."""
+    figure, axis = plt.subplots(figsize=(5, 4), layout="constrained")
+    axis.scatter(expected, mass, s=6, alpha=0.5, linewidths=0)
+    axis.plot([0, 1], [0, 1], color="0.5", ls=":", label="no preference for objects")
+    axis.plot(expected_share, mass_share, "X", ms=11, color="crimson", label="all latents together")
+    axis.set(
+        xlabel="inside objects if spread evenly over the same images (share)",
+        ylabel="activation mass inside objects (share)",
+        xlim=(0, 1),
+        ylim=(0, 1),
+    )
+    axis.legend()
+    return figure
+
+
+@figure_of()
+def activation_histograms(atlas: xr.Dataset, latents: Mapping[str, int]) -> Figure:
+    """Show how the log activations of the active tokens of some latents are distributed."""
+    figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    edges = atlas.bin.values[:-1]
+    step = edges[1] - edges[0]
+    edges = [edges[0] - step, *edges, edges[-1] + step]
+    for name, latent in latents.items():
+        counts = atlas.histogram.values[latent]
+        axis.stairs(counts / max(counts.sum(), 1), edges, label=f"({name}) latent {latent}")
+    axis.set(
+        xlabel="log10 activation of a token (outermost bins: all below, all above)",
+        ylabel="share of the active tokens",
+    )
+    axis.legend()
+    return figure
+
+
+@figure_of()
+def co_activation_map(share: np.ndarray, latents: Sequence[int]) -> Figure:
+    """Show which share of a latent's images [n, n] each other latent is active in too."""
+    figure, axis = plt.subplots(figsize=(6, 5), layout="constrained")
+    picture = axis.imshow(share, vmin=0, vmax=1, cmap="magma")
+    ticks = np.arange(len(latents))
+    axis.set_xticks(ticks, latents, rotation=90, fontsize=5)
+    axis.set_yticks(ticks, latents, fontsize=5)
+    axis.set(xlabel="also among the strongest: latent", ylabel="among an image's strongest: latent")
+    figure.colorbar(picture, ax=axis, label="share of images")
+    return figure
+
+
+@figure_of("Fig. 14")
+def reference_matrix(
+    cells: Sequence[Sequence[tuple[np.ndarray | None, str]]], rows: Sequence[str], columns: Sequence[str]
+) -> Figure:
+    """Fig. 14: one reference image per latent (row) and data set (column), statistics below each."""
+    figure, axes = plt.subplots(
+        len(rows), len(columns), figsize=(1.25 * len(columns), 1.5 * len(rows)), layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
+    for line, row, name in zip(axes, cells, rows, strict=True):
+        for axis, (image, text) in zip(line, row, strict=True):
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+            if image is not None:
+                axis.imshow(image)
+            axis.set_xlabel(text, fontsize=5.5, labelpad=2)
+        line[0].set_ylabel(name, fontsize=5.5)
+    for axis, name in zip(axes[0], columns, strict=True):
+        axis.set_title(name, fontsize=6)
+    return figure
+
+
+@figure_of()
+def known_truth(
+    shares: Mapping[str, tuple[float, float, float]],
+    found: Mapping[str, float],
+    factors: Mapping[str, int],
+    moved: np.ndarray,
+    owner: Sequence[str],
+) -> Figure:
+    """Show how much of each dictionary known levels explain, by which factors, and what moves its latents.
+
+    Parameters
+    ----------
+    shares : explained share of each dictionary's units with its interval
+    found : share of the levels that the best unit of each tells; may have more names
+    factors : explained latents of the SAE by factor
+    moved : [factors, n], share of what moves each of n latents
+    owner : factor of each of these latents' level; equal ones stand together
+    """
+    figure = plt.figure(figsize=(7, 5.6), layout="constrained")
+    grid = figure.add_gridspec(2, 2, height_ratios=(1, 1.1), width_ratios=(1.5, 1))
+    left, right, below = (figure.add_subplot(g) for g in (grid[0, 0], grid[0, 1], grid[1, :]))
+    for y, (name, share) in enumerate(found.items()):
+        left.plot(100 * share, y + 0.16, "D", ms=6, mfc="none", color="tab:orange")
+        texts = [(y + 0.16, 100 * share, 100 * share, "tab:orange")]
+        if name in shares:
+            value, low, high = (100 * v for v in shares[name])
+            left.errorbar(
+                value, y - 0.16, xerr=[[value - low], [high - value]], fmt="o", color="tab:blue", capsize=3
+            )
+            texts.append((y - 0.16, value, high, "tab:blue"))
+        for height, value, end, colour in texts:
+            left.annotate(
+                f"{value:.0f} %", (end, height), xytext=(8, 0), textcoords="offset points", va="center",
+                fontsize=8, color=colour,
+            )  # fmt: skip
+    left.set_yticks(range(len(found)), list(found), fontsize=9)
+    left.set(xlim=(0, 112), ylim=(len(found) - 0.4, -1.1), xlabel="share (%)")
+    left.set_xticks(range(0, 101, 25))
+    left.text(1, -0.75, "● units explained", color="tab:blue", fontsize=8, va="center")
+    left.text(60, -0.75, "◇ levels told", color="tab:orange", fontsize=8, va="center")
+    bars = right.barh(list(factors), list(factors.values()), color="tab:blue")
+    right.bar_label(bars, padding=2, fontsize=8)
+    right.invert_yaxis()
+    right.margins(x=0.2)
+    right.tick_params(labelsize=9)
+    right.set_xlabel("explained latents, trained SAE")
+    picture = below.imshow(moved, aspect="auto", cmap="magma", vmin=0, interpolation="nearest")
+    below.set_yticks(range(len(factors)), list(factors), fontsize=9)
+    edges = [i for i in range(1, len(owner)) if owner[i] != owner[i - 1]]
+    for edge in edges:
+        below.axvline(edge - 0.5, color="white", lw=1.5)
+    starts = [0, *edges, len(owner)]
+    middles = [(a + b - 1) / 2 for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    below.set_xticks(middles, [owner[start] for start in starts[:-1]], fontsize=8)
+    below.set(xlabel="clearest latents, by the factor of their best level", ylabel="changed factor")
+    figure.colorbar(picture, ax=below, label="share of the movement", fraction=0.03, pad=0.01)
+    return figure

@@ -1,0 +1,353 @@
+"""CLIP cut in two at a block.
+
+    images ──residual──▶ tokens [B, T, d] ──finish──▶ embeddings [B, e]
+
+Both halves call the model's own modules in the model's own order, so `finish(residual(x))` equals
+`encode_image(x)` to the last bit, and an autoencoder placed between them is the only thing that can
+change an answer. Blocks count from 1 as in the paper ("block 11 of 12", App. A); block 0 is the
+input of the first block.
+
+What differs between image towers is in a tower class: open_clip's own VisionTransformer (CLS and
+patches), and timm's as SigLIP uses it (patches only, attention-pooling head). A prompt-adapted CLIP
+(facts.md §1.1) is another tower: it appends its prompts in `embed`, replaces them in `run`, and
+says so in `token_kind`.
+"""
+
+import copy
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from patchsae.runs import compat  # noqa: F401  (must come before open_clip and timm)
+
+# isort: split
+import open_clip
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import VisionTransformer
+from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+
+from patchsae.clip.files import brief, find_clip
+from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.progress import progress_bar
+
+
+class OpenClipTower:
+    """Open open_clip's own VisionTransformer between its blocks."""
+
+    def __init__(self, visual: VisionTransformer):
+        self.visual = visual
+        self.blocks = list(visual.transformer.resblocks)
+        self.batch_first = visual.transformer.batch_first
+        self.d_model = visual.transformer.width
+        self.image_size, self.grid = tuple(visual.image_size), tuple(visual.grid_size)
+        self.token_kind = np.array(["cls"] + ["patch"] * (self.grid[0] * self.grid[1]))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Turn images [B, 3, H, W] into the tokens [B, T, d] that enter the first block."""
+        return self.visual._embeds(images)
+
+    def run(self, tokens: Tensor, start: int, stop: int) -> Tensor:
+        """Send tokens [B, T, d] through blocks start+1 … stop."""
+        if not self.batch_first:  # the layout decides the kernels, and the kernels the last bit
+            tokens = tokens.transpose(0, 1).contiguous()
+        for block in self.blocks[start:stop]:
+            tokens = block(tokens)
+        return tokens if self.batch_first else tokens.transpose(0, 1)
+
+    def enter(self, tokens: Tensor, block: int) -> Tensor:
+        """Return tokens [B, T, d] as block number `block` + 1 gets them."""
+        return tokens
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """Turn the tokens [B, T, d] after the last block into embeddings [B, e]."""
+        pooled, _ = self.visual._pool(tokens)
+        return pooled if self.visual.proj is None else pooled @ self.visual.proj
+
+
+class TimmTower(OpenClipTower):
+    """Open a timm VisionTransformer (SigLIP and relatives) between its blocks."""
+
+    def __init__(self, visual: TimmModel):
+        self.visual, self.trunk = visual, visual.trunk
+        self.blocks, self.batch_first = list(self.trunk.blocks), True
+        self.d_model, patches = self.trunk.embed_dim, self.trunk.patch_embed
+        self.image_size, self.grid = tuple(visual.image_size), tuple(patches.grid_size)
+        kinds = ["cls"] * (self.trunk.cls_token is not None)
+        kinds += ["register"] * (self.trunk.num_prefix_tokens - len(kinds))  # no known CLIP has any
+        self.token_kind = np.array(kinds + ["patch"] * (self.grid[0] * self.grid[1]))
+
+    def embed(self, images: Tensor) -> Tensor:
+        trunk = self.trunk
+        return trunk.norm_pre(trunk.patch_drop(trunk._pos_embed(trunk.patch_embed(images))))
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        return self.visual.head(self.trunk.forward_head(self.trunk.norm(tokens)))
+
+
+def _tower_of(model: nn.Module, name: str) -> OpenClipTower:
+    if isinstance(model.visual, VisionTransformer):
+        return OpenClipTower(model.visual)
+    kind, known = type(getattr(model.visual, "trunk", model.visual)), TimmVisionTransformer
+    # Relatives that override the forward pass do not run these modules in this order.
+    if issubclass(kind, known) and kind.forward_features is known.forward_features:
+        return TimmTower(model.visual)
+    raise PatchSAEError(
+        f"The image tower of {name} is a {kind.__name__}, which has no stream of tokens to cut: "
+        "choose a vision transformer, such as ViT-B-16-quickgelu or ViT-B-16-SigLIP."
+    )
+
+
+class Backbone(nn.Module):
+    """Hold a frozen CLIP cut in two after `block`.
+
+    model: an open_clip model; it is frozen in place and kept in eval mode.
+    block: 1 … n_blocks, or 0 for the input of the first block.
+    tokenizer: function without arguments that returns the tokenizer; called at the first text.
+    config: open_clip's `model_cfg`; it holds the activation, so it is part of the fingerprint.
+    tower: by default chosen by the class of `model.visual`.
+    Raises PatchSAEError for a block out of range, and for a tower without tokens or not square.
+    """
+
+    def __init__(self, model, block, *, name="clip", tokenizer=None, config=None, tower=None):
+        super().__init__()
+        self.model, self.name = model.requires_grad_(False), name
+        self.tower = tower or _tower_of(model, name)
+        height, width = self.tower.image_size
+        if height != width:
+            raise PatchSAEError(f"{name} takes {height}×{width} images: choose a square model.")
+        self.block = self._checked(block)
+        self._config, self._make_tokenizer = config or {}, tokenizer
+        self._shared = {}  # computed once for all `at_block` copies: tokenizer, weights' digest
+        self.eval()
+
+    def residual(self, images: Tensor) -> Tensor:
+        """Return the residual stream after `block`, tokens [B, T, d].
+
+        images: [B, 3, H, W], float, normalised by `normalize`. Raises PatchSAEError for others.
+        """
+        return self.tower.run(self._embed(images), 0, self.block)
+
+    def finish(self, tokens: Tensor) -> Tensor:
+        """Return the embeddings [B, e] that the rest of the tower makes of tokens [B, T, d].
+
+        Not normalised, as `encode_image(normalize=False)`; a model that pools nothing keeps
+        [B, T, e]. Raises PatchSAEError for tokens of another shape.
+        """
+        if tokens.ndim != 3 or tuple(tokens.shape[1:]) != (self.n_tokens, self.d_model):
+            raise PatchSAEError(
+                f"tokens have shape {list(tokens.shape)}, but {self.name} takes "
+                f"[B, {self.n_tokens}, {self.d_model}]: pass every token that `residual` returned."
+            )
+        tokens = tokens.to(self.device, self.dtype)
+        return self.tower.pool(self.tower.run(tokens, self.block, self.n_blocks))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return embeddings [B, e] of normalised images [B, 3, H, W]: finish ∘ residual."""
+        return self.finish(self.residual(images))
+
+    def residuals(self, images: Tensor, blocks: Iterable[int]) -> dict[int, Tensor]:
+        """Return {block: tokens [B, T, d]} for several blocks in one pass."""
+        tokens, done, found = self._embed(images), 0, {}
+        for block in sorted({self._checked(block) for block in blocks}):
+            tokens, done = self.tower.run(tokens, done, block), block
+            found[block] = tokens
+        return found
+
+    def at_block(self, block: int) -> "Backbone":
+        """Return a backbone that shares these weights but is cut after another block."""
+        other = copy.copy(self)
+        other.block = self._checked(block)
+        return other
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Move uint8 images [B, 3, H, W] to the device and apply the model's own mean and std."""
+        if images.dtype != torch.uint8:
+            raise PatchSAEError(f"images are {images.dtype}: normalize takes uint8 pixels, 0…255.")
+        pixels = self._checked_size(images).to(self.device).float() / 255
+        mean, std = (pixels.new_tensor(value).view(3, 1, 1) for value in (self.mean, self.std))
+        return ((pixels - mean) / std).to(self.dtype)
+
+    n_blocks = property(lambda self: len(self.tower.blocks))
+    d_model = property(lambda self: self.tower.d_model)
+    token_kind = property(lambda self: self.tower.token_kind, doc="[T]: 'cls', 'patch', 'prompt'.")
+    n_tokens = property(lambda self: len(self.token_kind))
+    grid = property(lambda self: self.tower.grid, doc="(rows, columns) of patches.")
+    image_size = property(lambda self: self.tower.image_size[0], doc="Side in pixels.")
+    mean = property(lambda self: self._pixels("image_mean", open_clip.OPENAI_DATASET_MEAN))
+    std = property(lambda self: self._pixels("image_std", open_clip.OPENAI_DATASET_STD))
+    device = property(lambda self: next(self.model.visual.parameters()).device)
+    dtype = property(lambda self: next(self.model.visual.parameters()).dtype)
+    logit_scale = property(lambda self: self.model.logit_scale.float().exp().item())
+
+    @property
+    def logit_bias(self) -> float:
+        """Return the bias of the logits; 0 for models without one."""
+        return 0.0 if self.model.logit_bias is None else self.model.logit_bias.float().item()
+
+    @property
+    def embed_dim(self) -> int:
+        """Return the width e of the embeddings, asked of the head itself."""
+        zeros = torch.zeros(1, self.n_tokens, self.d_model, device=self.device, dtype=self.dtype)
+        with torch.no_grad():
+            return self.tower.pool(zeros).shape[-1]
+
+    def fingerprint(self) -> str:
+        """Return a sha256 over weights, configuration, name and block, for stage manifests.
+
+        Independent of device, machine and path. The weights are read again only after a change.
+        """
+        state = self.state_dict()
+        version = (self.dtype, sum(value._version for value in state.values()))
+        if self._shared.get("version") != version:
+            digest = hashlib.sha256(json.dumps(self._config, sort_keys=True).encode())
+            for key, value in sorted(state.items()):
+                digest.update(f"{key} {value.dtype} {list(value.shape)}".encode())
+                raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                digest.update(raw.numpy())
+            self._shared.update(version=version, weights=digest.hexdigest())
+        parts = [self._shared["weights"], self.name, self.block, self.mean, self.std]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def tokenize(self, texts: str | Sequence[str]) -> Tensor:
+        """Return token ids [N, context] of texts, truncated to the model's context length."""
+        if "tokenizer" not in self._shared:
+            if self._make_tokenizer is None:
+                raise PatchSAEError(f"{self.name} has no tokenizer: pass tokenizer=… to Backbone.")
+            self._shared["tokenizer"] = self._make_tokenizer()
+        return self._shared["tokenizer"]([texts] if isinstance(texts, str) else list(texts))
+
+    def encode_text(self, texts: str | Sequence[str] | Tensor, normalize: bool = True) -> Tensor:
+        """Return embeddings [N, e] of texts, or of token ids [N, context]."""
+        tokens = texts if isinstance(texts, Tensor) else self.tokenize(texts)
+        return self.model.encode_text(tokens.to(self.device), normalize=normalize)
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Stay in eval mode: patch dropout would change the number of tokens."""
+        return super().train(False)
+
+    def __repr__(self) -> str:
+        cut = f"{self.name} after block {self.block} of {self.n_blocks}"
+        return f"Backbone({cut}: {self.n_tokens} tokens × {self.d_model}, {self.dtype})"
+
+    def _embed(self, images: Tensor) -> Tensor:
+        if not images.is_floating_point():
+            raise PatchSAEError(f"images are {images.dtype}: pass them through `normalize` first.")
+        return self.tower.embed(self._checked_size(images).to(self.device, self.dtype))
+
+    def _checked_size(self, images: Tensor) -> Tensor:
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, *self.tower.image_size):
+            raise PatchSAEError(
+                f"images have shape {list(images.shape)}, but {self.name} takes "
+                f"[B, 3, {self.image_size}, {self.image_size}]: resize or crop them first."
+            )
+        return images
+
+    def _pixels(self, statistic: str, default: Sequence[float]) -> tuple[float, ...]:
+        return tuple(map(float, getattr(self.model.visual, statistic, None) or default))
+
+    def _checked(self, block: int) -> int:
+        if isinstance(block, bool) or not isinstance(block, int | np.integer):
+            raise PatchSAEError(f"block is {block!r}: give a whole number in 0..{self.n_blocks}.")
+        if not 0 <= block <= self.n_blocks:
+            raise PatchSAEError(
+                f"block {block} is outside 0..{self.n_blocks} of {self.name}: "
+                "count blocks from 1; 0 is the input of the first."
+            )
+        return int(block)
+
+
+def load_backbone(name, pretrained=None, *, block, device="cpu", dtype=torch.float32) -> Backbone:
+    """Load a CLIP and cut it after `block`.
+
+    name: an open_clip model name (`ViT-B-16-quickgelu`), or a folder laid out as on the Hugging
+        Face hub: open_clip_config.json, open_clip_model.safetensors and, where the vocabulary is
+        a shortened one, bpe_simple_vocab.txt.gz.
+    pretrained: for a model name, an open_clip tag (`openai`, fetched by open_clip), a file
+        (safetensors, state dict, OpenAI's TorchScript archive ViT-B-16.pt), or None for random
+        weights, which follow torch.manual_seed. Nothing is unpickled that could run code.
+    dtype: what the weights are converted to, whatever they are stored in.
+    Raises PatchSAEError for an unknown name or tag, a missing, damaged or misfitting file, a block
+    out of range, and weights that the model would run with the wrong GELU (facts.md §3).
+    """
+    dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise PatchSAEError(f"dtype {dtype!r} is unknown: use float32, float16 or bfloat16.")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = f"device {str(device)!r} is not available ({brief(error)})"
+        raise PatchSAEError(f"{reason}: use 'cpu'.") from None
+    source = find_clip(name, pretrained)
+    model, config = source.build()
+    tokenizer = functools.partial(source.tokenizer, getattr(model, "vocab_size", None))
+    backbone = Backbone(model, block, name=source.name, tokenizer=tokenizer, config=config)
+    source.load(model, config)  # last, so that a wrong block is refused before any download
+    scales = [p for p in (model.logit_scale, model.logit_bias) if p is not None]
+    exact = [p.data for p in scales]  # in half precision log(100) is off by 0.04 %
+    model.to(device, dtype)
+    for parameter, value in zip(scales, exact, strict=True):
+        parameter.data = value.to(device)
+    return backbone
+
+
+def zero_shot_weights(
+    backbone: Backbone,
+    classnames: Sequence[str],
+    templates: str | Sequence[str],
+    renormalize: bool = True,
+    *,
+    batch_size: int = 256,
+    progress: bool = False,
+) -> Tensor:
+    """Return one text vector per class, [n_classes, e] float32: the mean of its prompts.
+
+    Each prompt's embedding is normalised first. Equal class names stay separate rows. Underscores in names
+    become spaces.
+    templates: strings with `{}` where the class name goes. batch_size: prompts per forward pass.
+    renormalize: normalise the mean again, as open_clip does; False is the released patchsae code,
+        where classes with dispersed prompts get shorter vectors (facts.md §3).
+    Raises PatchSAEError for an empty list and for a template without `{}`.
+    """
+    templates = [templates] if isinstance(templates, str) else list(templates)
+    if isinstance(classnames, str) or not len(classnames):
+        raise PatchSAEError(f"classnames is {classnames!r}: give a list of at least one name.")
+    if not templates:
+        raise PatchSAEError("templates is empty: give at least one, such as 'a photo of a {}.'")
+    if bad := [t for t in templates if not isinstance(t, str) or "{}" not in t]:
+        raise PatchSAEError(f"template {bad[0]!r} has no place for the class name: add a {{}}.")
+    step = max(1, batch_size // len(templates))
+    starts, rows = range(0, len(classnames), step), []
+    starts = progress_bar(starts, desc=f"text vectors of {len(classnames)} classes", shown=progress)
+    with torch.no_grad():
+        for start in starts:
+            names = classnames[start : start + step]
+            # replace, not format: names and templates may hold other braces; CoOp's names hold underscores
+            names = [name.replace("_", " ") for name in names]
+            prompts = [template.replace("{}", name) for name in names for template in templates]
+            unit = F.normalize(backbone.encode_text(prompts, normalize=False).float(), dim=-1)
+            rows.append(unit.unflatten(0, (len(names), len(templates))).mean(1))
+    weights = torch.cat(rows)
+    return F.normalize(weights, dim=-1) if renormalize else weights
+
+
+def zero_shot_logits(backbone: Backbone, embeddings: Tensor, weights: Tensor) -> Tensor:
+    """Return logit_scale · cos(image, class) + logit_bias, [B, n_classes] float32.
+
+    embeddings [B, e] may have any length; weights [n_classes, e] count by the length they have,
+    so that `renormalize=False` ranks classes as the released code does.
+    """
+    cosine = F.normalize(embeddings.float(), dim=-1) @ weights.float().T
+    return backbone.logit_scale * cosine + backbone.logit_bias
+
+
+def __getattr__(name: str):
+    if name != "OPENAI_IMAGENET_TEMPLATES":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # 80 functions in open_clip; the same 80 as strings here
+    return tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)

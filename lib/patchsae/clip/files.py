@@ -1,0 +1,198 @@
+"""Where a CLIP comes from: find it, build it, fetch and read its weights.
+
+Everything that can be refused is refused before anything is downloaded, and nothing is unpickled
+that could run code.
+"""
+
+import difflib
+import logging
+import warnings
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from patchsae.runs import compat  # noqa: F401  (must come before open_clip)
+
+# isort: split
+import open_clip
+from open_clip import pretrained as published
+from open_clip.convert import convert_state_dict
+from open_clip.factory import load_state_dict
+from open_clip.model import convert_to_custom_text_state_dict
+
+from patchsae.runs.errors import PatchSAEError
+
+CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+VOCABULARY = "bpe_simple_vocab.txt.gz"  # optional third file of a model folder: a shortened one
+
+
+@dataclass(frozen=True)
+class ClipSource:
+    """Say which CLIP is meant: an open_clip model with a tag, a file or nothing, or a folder."""
+
+    name: str
+    identifier: str
+    """What open_clip calls it: a model name or `local-dir:<folder>`."""
+    tag: str | None = None
+    weights: Path | None = None
+    vocabulary: Path | None = None
+
+    def build(self) -> tuple[nn.Module, dict]:
+        """Return the model with random weights, and open_clip's configuration of it."""
+        level = logging.root.manager.disable
+        logging.disable(logging.WARNING)  # open_clip warns of random weights; they come later
+        try:
+            config = open_clip.get_model_config(self.identifier)
+            model = open_clip.create_model(
+                self.identifier,
+                load_weights=False,
+                pretrained_text=False,
+                force_preprocess_cfg=_published_preprocess(self.name, self.tag),
+            )
+            return model, config
+        except Exception as error:  # configurations fail in as many ways as they have fields
+            what = f"{self.weights.parent / CONFIG}" if self.in_folder else self.name
+            raise PatchSAEError(f"{what} cannot be built ({brief(error)}): correct it.") from error
+        finally:
+            logging.disable(level)
+
+    def load(self, model: nn.Module, config: dict) -> None:
+        """Fetch the weights where they are published, and put them into the model."""
+        path = self.weights
+        if self.tag:
+            entry = published.get_pretrained_cfg(self.name, self.tag)
+            quick_gelu = bool(entry.get("quick_gelu"))
+            self._check_activation(config, quick_gelu, f"the weights {self.tag!r}")
+            try:
+                path = Path(published.download_pretrained(entry))
+            except Exception as error:  # no network, no space, a moved file: the remedy is one
+                raise PatchSAEError(
+                    f"The weights {self.tag!r} of {self.name} could not be fetched "
+                    f"({brief(error)}): fetch the file where there is a network and pass "
+                    "pretrained=<file>."
+                ) from error
+        if path is None:
+            return
+        state = _read_weights(path)
+        numbers = [state.pop(k, None) for k in ("input_resolution", "context_length", "vocab_size")]
+        if all(number is not None for number in numbers):  # only OpenAI's archives carry these
+            self._check_activation(config, True, str(path))
+        state = convert_state_dict(model, state)
+        if not hasattr(model, "positional_embedding"):
+            state = convert_to_custom_text_state_dict(state)
+        own = model.state_dict()
+        for key in {"logit_scale", "logit_bias"} & own.keys() & state.keys():
+            state[key] = state[key].reshape(own[key].shape)  # a number, or a vector of one
+        for key in [*own, *state]:
+            file, here = (list(s[key].shape) if key in s else "absent" for s in (state, own))
+            if file != here:
+                raise PatchSAEError(
+                    f"{path} does not fit {self.name}: {key} is {file} in the file and {here} in "
+                    "the model; name the model that the file was made for."
+                )
+        model.load_state_dict(state)
+
+    def tokenizer(self, vocab_size: int | None):
+        """Return open_clip's tokenizer for this model, with the folder's own vocabulary if any."""
+        options = {"bpe_path": str(self.vocabulary)} if self.vocabulary else {}
+        try:
+            tokenizer = open_clip.get_tokenizer(self.identifier, **options)
+        except Exception as error:  # a damaged vocabulary, or one to be fetched without a network
+            raise PatchSAEError(
+                f"The tokenizer of {self.vocabulary or self.name} cannot be loaded "
+                f"({brief(error)}): restore its file, or connect to the network once."
+            ) from error
+        if self.vocabulary and tokenizer.vocab_size != vocab_size:  # every text would read wrong
+            raise PatchSAEError(
+                f"{self.vocabulary} has {tokenizer.vocab_size} entries, the model {vocab_size}: "
+                "restore the vocabulary that the model was trained with."
+            )
+        return tokenizer
+
+    @property
+    def in_folder(self) -> bool:
+        """Tell whether the model is a folder rather than an open_clip name."""
+        return self.identifier.startswith("local-dir:")
+
+    def _check_activation(self, config: dict, quick_gelu: bool, weights: str) -> None:
+        # open_clip only warns, and runs on with the exact GELU (facts.md §3).
+        right = self.name.removesuffix("-quickgelu") + "-quickgelu" * quick_gelu
+        # A model with one spelling only (roberta-ViT-B-32) is right as it is.
+        if bool(config.get("quick_gelu")) != quick_gelu and right in open_clip.list_models():
+            wrong = f"{self.name} would run {weights} with the wrong GELU"
+            raise PatchSAEError(f"{wrong}: use the model {right}.")
+
+
+def find_clip(name, pretrained=None) -> ClipSource:
+    """Find the model that `name` and `pretrained` mean (as in `load_backbone`), or refuse."""
+    name = str(name)
+    folder = Path(name.removeprefix("local-dir:"))
+    models = {model.lower(): model for model in open_clip.list_models()}
+    wanted = name.replace("/", "-")  # open_clip also takes ViT-B/32
+    if (folder / CONFIG).is_file():
+        weights, vocabulary = folder / WEIGHTS, folder / VOCABULARY
+        if pretrained is not None:
+            raise PatchSAEError(f"{folder} has its own weights: drop pretrained={pretrained!r}.")
+        if not weights.is_file():
+            raise PatchSAEError(f"{folder} has no {WEIGHTS}: run `make clip`, or copy it there.")
+        vocabulary = vocabulary if vocabulary.is_file() else None
+        label, identifier = folder.resolve().name, f"local-dir:{folder}"
+        return ClipSource(label, identifier, weights=weights, vocabulary=vocabulary)
+    if wanted in models.values():
+        tag, weights = _tag_or_file(wanted, pretrained)
+        return ClipSource(wanted, wanted, tag, weights)
+    if folder.is_dir():
+        raise PatchSAEError(f"{folder} has no {CONFIG}: run `make clip`, or copy a model there.")
+    if "/" in name or "\\" in name:
+        missing = folder.absolute()
+        raise PatchSAEError(f"There is no folder {missing}: correct it, or run `make clip`.")
+    close = difflib.get_close_matches(wanted.lower(), models, n=3, cutoff=0.5)
+    hint = " or ".join(models[key] for key in close) or "a name from open_clip.list_models()"
+    raise PatchSAEError(f"{name!r} is neither an open_clip model nor a folder: is it {hint}?")
+
+
+def brief(error: BaseException) -> str:
+    """Return the kind of an error and the first line of what it says."""
+    first = str(error).strip().partition("\n")[0][:160].rstrip(" .:")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def _tag_or_file(model: str, pretrained) -> tuple[str | None, Path | None]:
+    if pretrained is None:
+        return None, None
+    text, path = str(pretrained), Path(pretrained)
+    if published.is_pretrained_cfg(model, text):
+        return text, None
+    if path.is_file():
+        return None, path
+    if path.suffix in (".pt", ".pth", ".bin", ".safetensors") or "/" in text or "\\" in text:
+        raise PatchSAEError(f"There is no weights file {path.absolute()}: correct the path.")
+    tags = ", ".join(published.list_pretrained_tags_by_model(model)) or "none"
+    raise PatchSAEError(f"{model} has no weights {text!r}: give a file or one of the tags {tags}.")
+
+
+def _published_preprocess(model: str, tag: str | None) -> dict:
+    """Return the preprocessing of a tag; without one, what all tags of the model agree on."""
+    tags = [tag] if tag else published.list_pretrained_tags_by_model(model)
+    configs = [published.get_pretrained_cfg(model, t) for t in tags]
+    keys = ("mean", "std", "interpolation", "resize_mode") if configs else ()
+    return {key: configs[0].get(key) for key in keys if len({c.get(key) for c in configs}) == 1}
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
+                if any(entry.endswith("/constants.pkl") for entry in archive.namelist()):
+                    # TorchScript, which torch.load(weights_only) and so open_clip refuse
+                    warnings.simplefilter("ignore")
+                    return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
+        return dict(load_state_dict(str(path), weights_only=True))
+    except Exception as error:  # each format has its own errors for a damaged or foreign file
+        raise PatchSAEError(
+            f"{path} holds no weights that can be read safely ({brief(error)}): give "
+            "safetensors, a plain state dict or OpenAI's TorchScript archive."
+        ) from error

@@ -1,0 +1,389 @@
+"""Image sets: what every later stage reads images from.
+
+An image set yields uint8 images lazily, in the order asked for, and never holds more than one batch
+of decoded images. The same interface serves the embedded pictogram scenes and folders on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.progress import progress_bar
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+
+
+class Batch(NamedTuple):
+    """Some images of a set, in the order they were asked for."""
+
+    images: torch.Tensor  # [B, 3, H, W] uint8, RGB
+    labels: torch.Tensor  # [B] int64, index into classnames
+    indices: torch.Tensor  # [B] int64, index into the image set
+
+
+class ImageSet(ABC):
+    """Yield (image, label, index) lazily.
+
+    Attributes
+    ----------
+    name, split : str
+    classnames : tuple[str, ...]; label i is classnames[i]
+    labels : int64 [N], known without decoding an image
+    """
+
+    name: str
+    split: str
+    classnames: tuple[str, ...]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def load(self, indices: Sequence[int]) -> Batch:
+        """Decode the images at `indices` [B] into one batch."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return a hash of everything that decides what the set contains."""
+
+    def picture(self, index: int) -> Image.Image:
+        """Return one image in RGB before any resizing; a set that has no other gives the loaded one."""
+        pixels = self.load([index]).images[0].permute(1, 2, 0)
+        return Image.fromarray(pixels.cpu().numpy())
+
+    def key(self, index: int) -> str | int:
+        """Name one image by what is the same on every machine: its relative path, or its index."""
+        return int(index)
+
+    def batches(
+        self,
+        batch_size: int,
+        indices: Sequence[int] | None = None,
+        progress: str | None = None,
+    ) -> Iterator[Batch]:
+        """Iterate over the set (or `indices`) in order; `progress` names a tqdm bar."""
+        order = np.arange(len(self)) if indices is None else np.asarray(indices)
+        starts = range(0, len(order), batch_size)
+        for start in progress_bar(starts, desc=progress, unit="batch", shown=progress is not None):
+            yield self.load(order[start : start + batch_size])
+
+    def subset(self, indices: Sequence[int], split: str | None = None) -> Subset:
+        """Restrict the set to `indices`, keeping labels and class names."""
+        return Subset(self, indices, split=split)
+
+    def sample(self, n: int, seed: int = 0) -> Subset:
+        """Restrict the set to n images drawn without replacement (all, if there are fewer)."""
+        drawn = np.random.default_rng(seed).permutation(len(self))[:n]
+        return Subset(self, np.sort(drawn))
+
+    def per_class(self, n: int) -> Subset:
+        """Restrict the set to the first n images of each class (all, where there are fewer)."""
+        order = np.argsort(self.labels, kind="stable")
+        first = np.searchsorted(self.labels[order], self.labels[order])
+        return Subset(self, np.sort(order[np.arange(len(order)) - first < n]))
+
+    def classes(self, keep: Sequence[int]) -> Subset:
+        """Restrict the set to the classes `keep` and relabel them from 0 in that order."""
+        relabel = {int(old): new for new, old in enumerate(keep)}
+        indices = np.flatnonzero(np.isin(self.labels, list(relabel)))
+        return Subset(self, indices, relabel=relabel)
+
+
+class Subset(ImageSet):
+    """Some images of another set, optionally with its classes relabelled."""
+
+    def __init__(
+        self,
+        parent: ImageSet,
+        indices: Sequence[int],
+        relabel: dict[int, int] | None = None,
+        split: str | None = None,
+    ):
+        self.parent, self.indices = parent, np.asarray(indices, dtype=np.int64)
+        if len(self.indices) and not (0 <= self.indices.min() and self.indices.max() < len(parent)):
+            raise PatchSAEError(
+                f"subset indices of '{parent.name}' must lie in 0..{len(parent) - 1}; "
+                f"got {self.indices.min()}..{self.indices.max()}."
+            )
+        self.relabel = relabel
+        self.name, self.split = parent.name, split or parent.split
+        labels = parent.labels[self.indices]
+        if relabel is None:
+            self.classnames, self.labels = parent.classnames, labels
+        else:
+            self.classnames = tuple(parent.classnames[old] for old in relabel)
+            self.labels = np.array([relabel[int(label)] for label in labels], dtype=np.int64)
+
+    def load(self, indices: Sequence[int]) -> Batch:
+        indices = np.asarray(indices, dtype=np.int64)
+        inner = self.parent.load(self.indices[indices])
+        return Batch(inner.images, torch.from_numpy(self.labels[indices]), torch.from_numpy(indices))
+
+    def picture(self, index: int) -> Image.Image:
+        return self.parent.picture(self.indices[index])
+
+    def key(self, index: int) -> str | int:
+        return self.parent.key(self.indices[index])
+
+    def fingerprint(self) -> str:
+        relabel = sorted((self.relabel or {}).items())
+        return short_hash([self.parent.fingerprint(), self.indices.tolist(), relabel])
+
+
+class PathList(Sequence):
+    """Files under one folder, held as a block of bytes; each becomes a Path only when asked for.
+
+    ImageNet's 1.28 million names take 46 MB so, and reach a worker process in 0.1 s. Slices are lists.
+    """
+
+    def __init__(self, root: str | Path, names: Iterable[str]):
+        encoded = [os.fsencode(name) for name in names]
+        self.root, self._bytes = Path(root), b"".join(encoded)
+        self._ends = np.cumsum([0, *map(len, encoded)])
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int | slice) -> Path | list[Path]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self.root / self.name(index)
+
+    def name(self, index: int) -> str:
+        """Return one path relative to the folder, its parts joined by '/'."""
+        index = range(len(self))[index]  # counts from the end, or raises IndexError, as a list does
+        return os.fsdecode(self._bytes[self._ends[index] : self._ends[index + 1]])
+
+
+class FileImages(ImageSet):
+    """Files under one folder with a label each, decoded on demand.
+
+    Images are resized (bicubic, shorter side) and centre-cropped to `image_size` as CLIP's own
+    preprocessing does (facts.md §1.2).
+
+    Parameters
+    ----------
+    names : paths relative to `root`, with '/', one per label
+
+    Raises
+    ------
+    PatchSAEError : a file is missing when it is needed, or cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        names: Iterable[str],
+        labels: Sequence[int],
+        classnames: Sequence[str],
+        image_size: int,
+        name: str,
+        split: str,
+    ):
+        self.paths, self.image_size = PathList(root, names), image_size
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self.name, self.split, self.classnames = name, split, tuple(classnames)
+        self._fingerprint: str | None = None
+
+    @property
+    def root(self) -> Path:
+        return self.paths.root
+
+    def load(self, indices: Sequence[int]) -> Batch:
+        indices = np.asarray(indices, dtype=np.int64)
+        images = torch.stack([load_image(self.paths[i], self.image_size) for i in indices])
+        return Batch(images, torch.from_numpy(self.labels[indices]), torch.from_numpy(indices))
+
+    def picture(self, index: int) -> Image.Image:
+        return open_image(self.paths[index])
+
+    def key(self, index: int) -> str:
+        return self.paths.name(index)
+
+    def fingerprint(self) -> str:
+        # size and time of change stand for the content: ImageNet's cannot be read at every start.
+        # Kept, because asking for those of 1.28 million files takes seconds.
+        if self._fingerprint is None:
+            content = hashlib.sha256(json.dumps([self.image_size, len(self)]).encode())
+            content.update(self.labels.tobytes())
+            for index in range(len(self)):
+                name = self.paths.name(index)
+                try:
+                    found = os.stat(f"{self.root}/{name}")
+                except OSError as error:
+                    raise PatchSAEError(
+                        f"cannot read image '{self.root}/{name}' ({error.strerror}); put it back."
+                    ) from error
+                content.update(os.fsencode(f"{name}\0{found.st_size} {found.st_mtime_ns}\n"))
+            self._fingerprint = content.hexdigest()[:16]
+        return self._fingerprint
+
+
+class FolderImages(FileImages):
+    """One folder per class (torchvision's ImageFolder layout), decoded on demand as FileImages are.
+
+    Class folders and files are taken in sorted order; hidden ones are left out.
+
+    Parameters
+    ----------
+    classnames : one per folder in sorted order, where folders are named by ids such as n01440764
+
+    Raises
+    ------
+    PatchSAEError : the folder is missing or holds no image; a file cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        image_size: int,
+        split: str = "test",
+        classnames: Sequence[str] | None = None,
+    ):
+        root = Path(root)
+        if not root.is_dir():
+            raise PatchSAEError(
+                f"image folder '{root}' does not exist; give a folder with one sub-folder per class."
+            )
+        folders = class_folders(root)
+        names, labels = files_by_class(root, folders)
+        if not names:
+            raise PatchSAEError(
+                f"no images under '{root}': expected {root}/<class name>/*.jpg (or png, webp, ...)."
+            )
+        if classnames is not None and len(classnames) != len(folders):
+            raise PatchSAEError(
+                f"'{root}' has {len(folders)} class folders but {len(classnames)} class names were "
+                f"given; complete the folder."
+            )
+        classnames = classnames or [folder.replace("_", " ") for folder in folders]
+        super().__init__(root, names, labels, classnames, image_size, root.name, split)
+
+
+def class_folders(root: Path) -> list[str]:
+    """List the names of the sub-folders of `root`, sorted, hidden ones left out."""
+    with os.scandir(root) as entries:
+        return sorted(entry.name for entry in entries if entry.name[0] != "." and entry.is_dir())
+
+
+def files_by_class(root: Path, folders: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """List the images of each folder, sorted, as paths relative to `root`; the label is its position."""
+    found = [_images_in(root, folder) for folder in folders]
+    labels = np.repeat(np.arange(len(folders)), [len(names) for names in found])
+    return [name for names in found for name in names], labels
+
+
+def _images_in(root: Path, folder: str) -> list[str]:
+    with os.scandir(root / folder) as entries:
+        entries = sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name)
+    names: list[str] = []
+    for entry in entries:
+        if os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
+            names.append(f"{folder}/{entry.name}")
+        elif entry.is_dir(follow_symlinks=False):  # a link may lead back up
+            names += _images_in(root, f"{folder}/{entry.name}")
+    return names
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A classification benchmark: the interface of the paper's eleven and of the embedded eleven."""
+
+    name: str
+    """Identifier, as in `-p dataset eurosat`."""
+    title: str
+    """Name shown in figures."""
+    classnames: tuple[str, ...]
+    """One name per label, in label order."""
+    template: str
+    """Zero-shot prompt with one `{}` for the class name."""
+    train: ImageSet
+    """Images that statistics, masks and prompts may be computed from."""
+    test: ImageSet
+    """Images that accuracy is measured on; shares none with `train`."""
+    val: ImageSet | None = None
+    """Images to choose settings by, where the benchmark sets some apart; shares none with the others."""
+
+    def base(self) -> Dataset:
+        """Keep the first ceil(n/2) of the classes that `train` shows (facts.md §2).
+
+        Raises
+        ------
+        PatchSAEError : a class of each half has the same name.
+        """
+        return self._half(self._halves()[0], "base")
+
+    def novel(self) -> Dataset:
+        """Keep the classes after those of `base`, relabelled from 0 (facts.md §2); raises as `base`."""
+        return self._half(self._halves()[1], "novel")
+
+    def _halves(self) -> tuple[list[int], list[int]]:
+        # a benchmark made for testing only has nothing in train
+        labels = np.unique(self.train.labels if len(self.train) else self.test.labels).tolist()
+        middle = math.ceil(len(labels) / 2)
+        base, novel = labels[:middle], labels[middle:]
+        if shared := {self.classnames[i] for i in base} & {self.classnames[i] for i in novel}:
+            raise PatchSAEError(
+                f"base and novel classes of '{self.name}' overlap: '{min(shared)}' names one of each; give "
+                f"the two classes different names, or one label."
+            )
+        return base, novel
+
+    def _half(self, keep: list[int], half: str) -> Dataset:
+        return replace(
+            self,
+            name=f"{self.name}/{half}",
+            title=f"{self.title} ({half})",
+            classnames=tuple(self.classnames[i] for i in keep),
+            train=self.train.classes(keep),
+            test=self.test.classes(keep),
+            val=None if self.val is None else self.val.classes(keep),
+        )
+
+
+def load_image(path: str | Path, image_size: int) -> torch.Tensor:
+    """Decode one file to uint8 [3, S, S]: RGB, shorter side to S (bicubic), centre crop.
+
+    Raises
+    ------
+    PatchSAEError : the file is missing or is no readable image.
+    """
+    return resize_and_crop(open_image(path), image_size)
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Decode one file in RGB at its own size; raises PatchSAEError as `load_image` does."""
+    try:
+        with Image.open(path) as file:
+            return file.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise errors of many kinds on damaged files
+        raise PatchSAEError(f"cannot read image '{path}' ({error}); replace or remove the file.") from error
+
+
+def resize_and_crop(image: Image.Image, image_size: int) -> torch.Tensor:
+    """Turn an RGB image into uint8 [3, S, S]: shorter side to S (bicubic), centre crop."""
+    # the longer side is rounded down, as torchvision's Resize does
+    width, height = (side * image_size // min(image.size) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = round((width - image_size) / 2), round((height - image_size) / 2)
+    image = image.crop((left, top, left + image_size, top + image_size))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def short_hash(content: object) -> str:
+    """Hash a JSON-able object to 16 hex digits, the same in every process."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,226 @@
+"""The tokens that a backbone makes of images: computed when asked for, or read from a cache on disk.
+
+A cache holds every image of a set in the order of the set, so that any later run with the same backbone
+and tokens, whatever its seed, reads it and never runs the backbone.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from enum import StrEnum
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from patchsae.clip.backbone import Backbone
+from patchsae.images.loading import Pixels, Source, read_batches
+from patchsae.images.sets import ImageSet
+from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.progress import progress_bar
+from patchsae.runs.ranks import Ranks
+from patchsae.runs.stage import Stage, write_atomic
+
+VERSION = 1  # raised when the same inputs give other tokens
+SHARD_IMAGES = 256
+
+
+class Tokens(StrEnum):
+    """Which tokens the autoencoder sees (Fig. 8)."""
+
+    ALL = "all"
+    CLS = "cls"
+    PATCHES = "patches"
+
+
+def token_columns(backbone: Backbone, tokens: Tokens) -> np.ndarray:
+    """Return the positions of the tokens that are used; prompt tokens never are (facts.md §1.4)."""
+    kind = backbone.token_kind
+    wanted = {
+        Tokens.ALL: (kind == "cls") | (kind == "patch"),
+        Tokens.CLS: kind == "cls",
+        Tokens.PATCHES: kind == "patch",
+    }
+    columns = np.flatnonzero(wanted[Tokens(tokens)])
+    if not len(columns):
+        raise PatchSAEError(f"tokens='{tokens}' leaves none: {backbone.name} has no such token.")
+    return columns
+
+
+class Activations:
+    """The tokens [B, T, d] of any images of a set.
+
+    Parameters
+    ----------
+    cache : folder for shards, made here if they are not there; '' computes tokens when they are asked for.
+        Shards are float16 and hold each image once, T · d · 2 bytes of it
+    image_batch : images per pass of the backbone
+    workers : processes that decode images, or read shards
+
+    Raises
+    ------
+    PatchSAEError : an image or shard cannot be read; the stream has NaN or infinite values, or values that
+        float16 cannot hold; the disk is too small for the cache.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        backbone: Backbone,
+        tokens: Tokens = Tokens.ALL,
+        *,
+        cache: str | Path = "",
+        image_batch: int = 64,
+        workers: int = 0,
+        ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
+        progress: bool = False,
+    ):
+        self.images, self.backbone, self.workers = images, backbone, workers
+        self.columns = token_columns(backbone, tokens)
+        self.source: Source = Pixels(images)
+        if cache:
+            self.source = self._shards(Path(cache), image_batch, ranks, progress)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per image."""
+        return len(self.columns)
+
+    @torch.no_grad()
+    def read(self, batches: Iterable[Sequence[int]], ahead: int = 2) -> Iterator[Tensor]:
+        """Yield the tokens [B, T, d], float32 on the backbone's device, of each batch of indices.
+
+        `ahead` batches are decoded in advance, if there are workers; the backbone itself runs only when
+        the next batch is asked for.
+        """
+        for batch in read_batches(self.source, batches, self.workers, ahead):
+            yield self._tokens(batch)
+
+    def _tokens(self, batch: Tensor) -> Tensor:
+        if batch.dtype != torch.uint8:
+            return batch.to(self.backbone.device).float()
+        columns = torch.from_numpy(self.columns).to(self.backbone.device)
+        x = self.backbone.residual(self.backbone.normalize(batch))[:, columns].float()
+        if not torch.isfinite(x).all():
+            raise PatchSAEError(
+                f"the residual stream of {self.backbone.name} after block {self.backbone.block} has NaN or "
+                f"infinite values on '{self.images.name}'; use dtype float32, or check the weights."
+            )
+        return x
+
+    def _shards(self, root: Path, image_batch: int, ranks: Ranks, progress: bool) -> Shards:
+        shape = (len(self.images), self.tokens, self.backbone.d_model)
+        inputs = {
+            "images": self.images.fingerprint(),
+            "backbone": self.backbone.fingerprint(),
+            "columns": self.columns,
+            "shape": shape,
+            "shard_images": SHARD_IMAGES,
+        }
+        stage = Stage.open(root, "activations", inputs, version=VERSION)
+        shards = Shards(stage.path, self.images.name, shape)
+        with stage.alone() if ranks.first else nullcontext():
+            ranks.wait()
+            # a finished cache is looked through too: a copy of it may have lost or cut a file
+            missing = [n for n in range(ranks.rank, len(shards), ranks.world) if not shards.whole(n)]
+            if missing:
+                _check_space(stage.path, shards.bytes * len(missing) * ranks.world // len(shards))
+                self._fill(shards, missing, image_batch, progress and ranks.first)
+            ranks.wait()
+            if ranks.first and not stage.done:
+                stage.finish(bytes=shards.bytes)
+        return shards
+
+    def _fill(self, shards: Shards, numbers: list[int], image_batch: int, progress: bool) -> None:
+        plan = [
+            np.arange(start, min(start + image_batch, images.stop))
+            for images in map(shards.images, numbers)
+            for start in range(images.start, images.stop, image_batch)
+        ]
+        read = self.read(plan)
+        title = f"caching the activations of '{shards.name}' ({shards.bytes / 1e9:.3g} GB)"
+        for number in progress_bar(numbers, desc=title, unit="shard", shown=progress):
+            parts = -(-len(shards.images(number)) // image_batch)
+            x = torch.cat([next(read) for _ in range(parts)])
+            largest, limit = x.abs().max().item(), torch.finfo(torch.float16).max
+            if largest > limit:
+                raise PatchSAEError(
+                    f"the residual stream of {self.backbone.name} after block {self.backbone.block} "
+                    f"reaches {largest:.3g}, more than float16 holds; train without a cache (cache='')."
+                )
+            shards.write(number, x.half())
+
+
+class Shards(Source):
+    """Tokens on disk: files of SHARD_IMAGES images, float16 [I, T, d], read row by row.
+
+    Parameters
+    ----------
+    shape : images, tokens per image, width
+    """
+
+    def __init__(self, folder: Path, name: str, shape: tuple[int, int, int]):
+        self.folder, self.name, self.shape = folder, name, shape
+
+    def __len__(self) -> int:
+        return -(-self.shape[0] // SHARD_IMAGES)
+
+    @property
+    def bytes(self) -> int:
+        return int(np.prod(self.shape)) * 2
+
+    def images(self, number: int) -> range:
+        """Return the indices that shard `number` holds."""
+        start = number * SHARD_IMAGES
+        return range(start, min(start + SHARD_IMAGES, self.shape[0]))
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.safetensors"
+
+    def whole(self, number: int) -> bool:
+        """Tell whether a shard is there, of full length and of the right shape."""
+        try:
+            with safe_open(self.path(number), framework="pt") as file:
+                shape = file.get_slice("tokens").get_shape()
+        except (OSError, SafetensorError):
+            return False
+        return shape == [len(self.images(number)), *self.shape[1:]]
+
+    def write(self, number: int, x: Tensor) -> None:
+        """Write one shard, atomically."""
+        tensors = {"tokens": x.cpu().contiguous()}
+        write_atomic(self.path(number), lambda path: save_file(tensors, path))
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        rows = []
+        for index in indices:
+            number, row = divmod(int(index), SHARD_IMAGES)
+            try:
+                rows.append(_opened(self.path(number))(row))
+            except (OSError, SafetensorError) as error:
+                raise PatchSAEError(
+                    f"'{self.path(number)}' is damaged ({error}); run again, and this shard is made anew."
+                ) from error
+        return torch.stack(rows)
+
+
+@lru_cache(maxsize=64)
+def _opened(path: Path) -> Callable[[int], Tensor]:
+    # memory-mapped: of a shard's 77 MB (ViT-B/16) one image's 0.3 MB are read
+    rows = safe_open(path, framework="pt").get_slice("tokens")
+    return lambda row: rows[row]
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise PatchSAEError(
+            f"caching activations in '{folder}' takes {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are "
+            f"free; name another folder as cache, take fewer images, or train without one (cache='')."
+        )

@@ -1,0 +1,74 @@
+"""What an autoencoder starts at: its decoder bias, and the rows of its encoder and decoder."""
+
+from __future__ import annotations
+
+import math
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from patchsae.runs.ranks import Ranks
+from patchsae.sae.model import SAE, geometric_median, geometric_median_images
+from patchsae.training.stream import TokenStream
+
+if TYPE_CHECKING:  # training imports this module
+    from patchsae.training.trainer import TrainConfig
+
+
+class Start(StrEnum):
+    """What the rows of encoder and decoder start at."""
+
+    RANDOM = "random"  # directions drawn at random: the paper
+    DATA = "data"  # tokens of the run's first images, centred and of unit length
+
+
+class BiasInit(StrEnum):
+    """What b_dec starts at (facts.md §4.3)."""
+
+    GEOMETRIC_MEDIAN = "geometric_median"  # of tokens
+    GEOMETRIC_MEDIAN_IMAGES = "geometric_median_images"  # of images as T·d vectors: the released code
+    MEAN = "mean"
+    ZEROS = "zeros"
+
+
+@torch.no_grad()
+def set_start(sae: SAE, stream: TokenStream, config: TrainConfig, ranks: Ranks = Ranks()) -> None:  # noqa: B008
+    """Give an SAE that was just made the decoder bias and the rows that a run on this stream starts at."""
+    from_data = config.start is Start.DATA
+    if ranks.first and (from_data or config.b_dec_init is not BiasInit.ZEROS):
+        images = math.ceil(config.bias_tokens / stream.activations.tokens)
+        if config.b_dec_init is BiasInit.GEOMETRIC_MEDIAN_IMAGES:
+            images = config.bias_images
+        tokens = stream.first(images)
+        sae.b_dec.copy_(initial_bias(tokens, config.b_dec_init))
+        if from_data:
+            rows = initial_rows(tokens, sae.b_dec, sae.d_sae, config.seed)
+            sae.W_dec[: len(rows)] = rows  # more latents than tokens: the others stay as drawn
+    ranks.share(sae.b_dec.data)
+    if from_data:
+        ranks.share(sae.W_dec.data)
+        sae.W_enc.copy_(sae.W_dec)
+
+
+def initial_bias(tokens: Tensor, kind: BiasInit) -> Tensor:
+    """Compute the start of b_dec [d] from the tokens [I, T, d] of some images."""
+    points = tokens.flatten(0, 1)
+    match kind:
+        case BiasInit.ZEROS:
+            return points.new_zeros(points.shape[1])
+        case BiasInit.MEAN:
+            return points.mean(0)
+        case BiasInit.GEOMETRIC_MEDIAN:
+            return geometric_median(points)
+        case BiasInit.GEOMETRIC_MEDIAN_IMAGES:
+            return geometric_median_images(tokens)
+
+
+def initial_rows(tokens: Tensor, centre: Tensor, rows: int, seed: int) -> Tensor:
+    """Draw tokens of [I, T, d] without repetition: at most `rows`, less `centre`, of unit length [R, d]."""
+    points = tokens.flatten(0, 1) - centre
+    points = points[points.norm(dim=-1) > 1e-6]  # one that is the centre has no direction
+    drawn = torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))[:rows]
+    return torch.nn.functional.normalize(points[drawn.to(points.device)], dim=-1)
