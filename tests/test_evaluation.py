@@ -8,20 +8,17 @@ from scipy.stats import binomtest, spearmanr
 
 from patchsae.masking import through as evaluation
 from patchsae.masking.through import (
-    bootstrap,
-    bootstrap_ratio,
     contrastive_loss,
     label_rank,
     per_class_accuracy,
-    rank_correlation,
     reconstruction,
     recovered,
     through_sae,
-    wilson,
     zero_shot,
     zeroed,
 )
 from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.intervals import bootstrap, bootstrap_ratio, rank_correlation, wilson
 from patchsae.sae.model import SAE, SAEConfig
 
 

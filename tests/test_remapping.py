@@ -13,17 +13,15 @@ from patchsae.adaptation.remapping import (
     class_counts,
     compare_counts,
     correlation,
-    difference_of_shares,
     group_table,
     improvement_rate,
-    mcnemar,
     mix_models,
     selection_half,
-    share_of_gain,
 )
 from patchsae.clip.backbone import zero_shot_logits, zero_shot_weights
 from patchsae.masking import sweep as masking
 from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.intervals import difference_of_shares, mcnemar, share_of_gain
 from patchsae.sae.model import SAE, SAEConfig
 
 

@@ -25,8 +25,8 @@ from patchbook.report import (
     label_of,
     within,
 )
-from patchsae.masking.through import Interval
 from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.intervals import Interval
 from patchsae.runs.stage import project_root
 
 NOTEBOOKS = sorted((project_root() / "notebooks").glob("*.ipynb"))

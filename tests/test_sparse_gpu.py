@@ -14,8 +14,8 @@ if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
 triton = pytest.importorskip("triton")
 
-from patchsae import sparse_gpu as gpu  # noqa: E402
 from patchsae.runs.errors import PatchSAEError  # noqa: E402
+from patchsae.sae import gpu  # noqa: E402
 from patchsae.sae.ghost import GhostRows  # noqa: E402
 from patchsae.sae.model import SAE, SAEConfig  # noqa: E402
 from patchsae.sae.step import Stepper  # noqa: E402

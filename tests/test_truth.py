@@ -19,8 +19,8 @@ from patchbook.chapters.truth import (
     selectivity,
     supervised,
 )
-from patchsae.masking.through import group_auroc
 from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.intervals import group_auroc
 from patchsae.sae.model import SAE, SAEConfig
 
 CONFIG = TruthConfig(least=4)

@@ -27,8 +27,8 @@ from patchbook.chapters.verdicts import (
     unseen_gains_more,
 )
 from patchbook.report import Reason, Verdict
-from patchsae.masking.through import Interval
 from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.intervals import Interval
 
 REPRODUCED, DIFFERS, OPEN = Verdict.REPRODUCED, Verdict.DIFFERS, Verdict.OPEN
 NEAR, FAR, ACROSS = Interval(0.5, 0.1, 0.9), Interval(5.0, 4.0, 6.0), Interval(1.5, 0.5, 2.5)

@@ -23,8 +23,8 @@ from pathlib import Path
 from patchbook.chapters.against_untrained import Learned, measure
 from patchbook.chapters.probes import open_probes
 from patchbook.scales import scale
-from patchsae.masking.through import Interval
 from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.intervals import Interval
 from patchsae.runs.jobs import workers
 from patchsae.runs.stage import project_root, write_atomic
 from patchsae.sae.model import SAE, SAEConfig

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from patchsae.runs.errors import PatchSAEError
 
 if TYPE_CHECKING:  # the build reads findings without waiting for torch
-    from patchsae.masking.through import Interval
+    from patchsae.runs.intervals import Interval
 
 KEY = "patchsae"
 """Where a finding stands in its output's metadata; as a MIME type of its own the book would warn of it."""

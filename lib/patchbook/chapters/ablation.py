@@ -14,7 +14,6 @@ from torch import Tensor
 
 from patchbook.scales import scale
 from patchbook.shipped import find_or_train
-from patchsae.adaptation.remapping import share_of_gain
 from patchsae.clip.backbone import Backbone, zero_shot_weights
 from patchsae.images.sets import ImageSet
 from patchsae.masking.through import (
@@ -25,6 +24,7 @@ from patchsae.masking.through import (
     zeroed,
 )
 from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.intervals import share_of_gain
 from patchsae.runs.jobs import workers
 from patchsae.runs.stage import Stage, write_json
 from patchsae.sae.model import SAEConfig

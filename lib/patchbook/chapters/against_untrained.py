@@ -15,8 +15,8 @@ from patchsae.clip.backbone import Backbone
 from patchsae.latents.best_latents import alternate, choose, random_sae, score_of
 from patchsae.latents.scores import Metric, Scores, score_latents
 from patchsae.latents.stability import Against, matched_cosines, pairs
-from patchsae.masking.through import Interval, bootstrap, bootstrap_ratio
 from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.intervals import Interval, bootstrap, bootstrap_ratio
 from patchsae.sae.model import SAE
 from patchsae.training.activations import Tokens, token_columns
 

@@ -15,8 +15,8 @@ from typing import NamedTuple
 from patchbook.chapters.against_untrained import Lead, Learned, Purity, measure
 from patchbook.chapters.probes import open_probes
 from patchbook.scales import scale
-from patchsae.masking.through import Interval
 from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.intervals import Interval
 from patchsae.sae.model import SAE
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from patchbook.scenes.pictograms import uniforms
 from patchbook.scenes.sprites import photos, words
-from patchsae.masking.through import group_auroc
 from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.intervals import group_auroc
 
 
 class Cards(NamedTuple):

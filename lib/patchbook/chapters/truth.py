@@ -16,8 +16,8 @@ from patchbook.scenes.pictograms import Layout, paint
 from patchsae.clip.backbone import Backbone
 from patchsae.latents.best_latents import random_sae
 from patchsae.latents.maps import patch_tokens
-from patchsae.masking.through import Interval, bootstrap, group_auroc
 from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.intervals import Interval, bootstrap, group_auroc
 from patchsae.runs.progress import progress_bar
 from patchsae.sae.model import SAE
 

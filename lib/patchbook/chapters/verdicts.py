@@ -13,8 +13,8 @@ import numpy as np
 
 from patchbook.report import Reason, Verdict, above, within
 from patchsae.adaptation.remapping import correlation
-from patchsae.masking.through import Interval, bootstrap
 from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.intervals import Interval, bootstrap
 
 
 class Judged(NamedTuple):

@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 
 from patchbook.figures.parts import figure_of
 from patchsae.adaptation.remapping import Groups
-from patchsae.masking.through import Interval
+from patchsae.runs.intervals import Interval
 
 GROUP_COLOURS = {"high": "tab:green", "high_to_low": "tab:blue", "low_to_high": "tab:red"}
 MODEL_COLOURS = {"CLIP": "tab:blue", "MaPLe": "tab:orange"}

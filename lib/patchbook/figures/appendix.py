@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from patchbook.figures.parts import figure_of
-from patchsae.masking.through import Interval
+from patchsae.runs.intervals import Interval
 
 
 class Traded(NamedTuple):

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from patchbook.figures.parts import Shown, draw_lines, draw_pictures, figure_of
-from patchsae.masking.through import Interval
+from patchsae.runs.intervals import Interval
 
 
 class Level(NamedTuple):

@@ -14,14 +14,13 @@ import numpy as np
 import torch
 import xarray as xr
 from safetensors.numpy import load_file, save_file
-from scipy.stats import binomtest
 from torch import Tensor
 
 from patchsae.clip.backbone import Backbone, zero_shot_logits
 from patchsae.clip.tail import Tail
 from patchsae.images.sets import ImageSet
 from patchsae.masking.sweep import chunks, read_chunk
-from patchsae.masking.through import Interval, bootstrap_ratio, label_rank, text_digest
+from patchsae.masking.through import label_rank, text_digest
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.progress import progress_bar
 from patchsae.runs.stage import Stage, write_atomic
@@ -109,52 +108,6 @@ def correlation(before: np.ndarray, after: np.ndarray) -> float:
 def improvement_rate(before: float, after: float) -> float:
     """Return Δ = (adapted - zero-shot) / (1 - zero-shot) of accuracies in 0 … 1 (paper §4.2.1)."""
     return (after - before) / (1 - before) if before < 1 else float("nan")
-
-
-class McNemar(NamedTuple):
-    """Whether two models err on different numbers of the same images."""
-
-    only_first: int
-    """Images that only the first gets right."""
-    only_second: int
-    p: float
-    """Two-sided, exact."""
-
-
-def mcnemar(first: np.ndarray, second: np.ndarray) -> McNemar:
-    """Test whether two models, right or wrong on the same images (bool [N] each), differ in accuracy."""
-    first, second = np.asarray(first, bool), np.asarray(second, bool)
-    a, b = int((first & ~second).sum()), int((~first & second).sum())
-    return McNemar(a, b, float(binomtest(a, a + b).pvalue) if a + b else 1.0)
-
-
-def share_of_gain(
-    before: np.ndarray, after: np.ndarray, mixed: np.ndarray, seed: int = 0, draws: int = 2000
-) -> Interval:
-    """Return which share of the gain from `before` to `after` a mixed model has: [N] right or wrong each.
-
-    (mixed - before) / (after - before) of accuracies, with a percentile bootstrap over images. NaN where
-    there is no gain; where the gain's interval holds 0 that of the share means nothing.
-    """
-    before, after, mixed = (np.asarray(right, np.float64) for right in (before, after, mixed))
-    return bootstrap_ratio(mixed - before, after - before, seed, draws)
-
-
-def difference_of_shares(
-    before: np.ndarray,
-    after: np.ndarray,
-    first: np.ndarray,
-    second: np.ndarray,
-    seed: int = 0,
-    draws: int = 2000,
-) -> Interval:
-    """Return how much more of a gain one mixed model has than another: `share_of_gain` of both, subtracted.
-
-    Both shares are taken of the same draw of images, so that what they have in common cancels; two
-    intervals that overlap leave open what this one may decide.
-    """
-    before, after, first, second = (np.asarray(r, np.float64) for r in (before, after, first, second))
-    return bootstrap_ratio(first - second, after - before, seed, draws)
 
 
 def selection_half(labels: np.ndarray) -> np.ndarray:

@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.stage import write_atomic
-from patchsae.sae.cpu import Lists, ranges, spread
+from patchsae.runs.threads import ranges, spread
+from patchsae.sae.cpu import Lists
 from patchsae.sae.cpu_kernels import kernel
 
 # log10 of a token's activation: below the first edge, between edges, above the last

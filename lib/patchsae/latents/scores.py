@@ -21,7 +21,7 @@ from patchsae.latents.maps import Fired, covered_pixels, fired
 from patchsae.latents.spatial import morans_i
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.progress import progress_bar
-from patchsae.sae.cpu import ranges, spread
+from patchsae.runs.threads import ranges, spread
 from patchsae.sae.model import SAE
 
 ROWS = 4096  # table rows per task

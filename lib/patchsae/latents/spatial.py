@@ -10,7 +10,7 @@ from scipy.sparse import csr_array
 
 from patchsae.latents.maps import Fired, grid_of
 from patchsae.runs.errors import PatchSAEError
-from patchsae.sae.cpu import ranges, spread
+from patchsae.runs.threads import ranges, spread
 
 ROWS = 4096  # rows per task
 

@@ -23,12 +23,14 @@ from patchsae.clip.tail import Tail
 from patchsae.images.sets import ImageSet
 from patchsae.masking.masked_tokens import SWITCHES, Mode, bucket_tables, masked_tokens
 from patchsae.masking.rankings import CLASS, PREDICTED, RANDOM, Ranking, check_atlas, rankings
-from patchsae.masking.through import bootstrap, label_rank, text_digest
+from patchsae.masking.through import label_rank, text_digest
 from patchsae.runs.errors import PatchSAEError, choose
+from patchsae.runs.intervals import bootstrap
 from patchsae.runs.progress import progress_bar
 from patchsae.runs.ranks import Ranks, join
 from patchsae.runs.stage import Stage, write_atomic
-from patchsae.sae.cpu import Lists, by_token, spread
+from patchsae.runs.threads import spread
+from patchsae.sae.cpu import Lists, by_token
 from patchsae.sae.model import SAE
 from patchsae.sae.step import latent_lists
 from patchsae.training.activations import Tokens, token_columns

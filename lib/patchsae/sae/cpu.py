@@ -9,11 +9,9 @@ gives the same bits in every run on one machine.
 from __future__ import annotations
 
 import math
-import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import NamedTuple
 
@@ -21,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from patchsae.runs.threads import ranges, spread
 from patchsae.sae import cpu_kernels as kernels
 from patchsae.sae.ghost import GhostRows, Pass
 from patchsae.sae.model import SAE, Activation, Loss
@@ -51,26 +50,6 @@ def has_bf16_units() -> bool:
 
 
 _scratch = threading.local()
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    # one torch thread in each: OpenMP's own threads would go on spinning beside ours
-    return ThreadPoolExecutor(threads, "sparse", initializer=torch.set_num_threads, initargs=(1,))
-
-
-def spread(task: Callable, ranges: Iterable[tuple[int, int]]) -> list:
-    """Run task(start, stop) for every range on as many threads as torch uses, results in order."""
-    return list(_pool(torch.get_num_threads()).map(lambda r: task(*r), ranges))
-
-
-def ranges(total: int, size: int) -> list[tuple[int, int]]:
-    """Cut 0 … total into ranges of `size`."""
-    return [(a, min(a + size, total)) for a in range(0, total, size)]
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
 
 
 def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
