@@ -14,11 +14,22 @@ from PIL import Image
 
 import patchsae.runs.compat  # noqa: F401  (before torchvision)
 from patchbook.scenes.embedded import SINGLE, SceneSet
+from patchsae.clip import files
 from patchsae.images import sets as library
-from patchsae.images.sets import Dataset, FileImages, FolderImages, PathList, load_image
+from patchsae.images.sets import (
+    Dataset,
+    FileImages,
+    FolderImages,
+    Frame,
+    PathList,
+    load_image,
+    resize_and_crop,
+)
 from patchsae.runs.errors import PatchSAEError
 
 # isort: split
+from open_clip.transform import image_transform
+from tiny import tiny_backbone
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 SIDE = 32
@@ -361,3 +372,33 @@ def test_val_is_divided_as_train_and_test_are(folder):
     assert Dataset("pets", "Pets", images.classnames, "{}", empty, images).novel().classnames == (
         "class 4", "class 5", "class 6",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [(80, 40), (37, 91), (64, 64), (5, 200), (200, 9)])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("resize", ["shortest", "longest", "squash"])
+def test_every_frame_is_open_clips_own_transform(resize, interpolation, size):
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    theirs = image_transform(
+        32, False, (0.0,) * 3, (1.0,) * 3, resize_mode=resize, interpolation=interpolation, fill_color=7
+    )
+    wanted = (theirs(image) * 255).round().byte()
+    assert torch.equal(resize_and_crop(image, Frame(32, resize, interpolation, 7)), wanted)
+
+
+def test_a_frame_is_part_of_what_a_set_is_and_an_unknown_one_is_refused(folder):
+    plain, squashed = (FolderImages(folder, frame) for frame in (32, Frame(32, "squash")))
+    assert plain.fingerprint() == FolderImages(folder, Frame(32)).fingerprint() != squashed.fingerprint()
+    with pytest.raises(PatchSAEError, match="resize='fit' of the model's preprocessing is unknown"):
+        FolderImages(folder, Frame(32, "fit"))
+
+
+def test_a_model_has_the_frame_of_its_own_transform():
+    backbone = tiny_backbone()
+    assert backbone.frame == Frame(112)
+    published = {"resize_mode": "squash", "interpolation": "bilinear", "fill_color": 0, "size": 112}
+    backbone.model.visual.preprocess_cfg = published
+    assert backbone.frame == Frame(112, "squash", "bilinear")
+    for name in ("ViT-B-16-SigLIP", "ViT-B-16-SigLIP2"):
+        assert files._published_preprocess(name, "webli")["resize_mode"] == "squash"

@@ -150,9 +150,9 @@ def _photographs(backbone: Backbone, data: str) -> Sets:
             "scale='paper' needs the parameter data: the folder that holds imagenet/images/{train,val} and "
             "may hold the other benchmarks."
         )
-    imagenet = open_benchmark("imagenet", data, backbone.image_size)
-    others = open_found(data, backbone.image_size, BENCHMARKS[1:])
-    shown = open_found(data, backbone.image_size, (*ROBUSTNESS, "cifar-100"))
+    imagenet = open_benchmark("imagenet", data, backbone.frame)
+    others = open_found(data, backbone.frame, BENCHMARKS[1:])
+    shown = open_found(data, backbone.frame, (*ROBUSTNESS, "cifar-100"))
     return Sets(imagenet.train, imagenet.test, (imagenet, *others), shown)
 
 

@@ -125,8 +125,8 @@ def _datasets(options: argparse.Namespace, backbone: Backbone) -> Sequence[Datas
     if not options.data:
         raise PatchSAEError("--scale paper needs --data: the folder that holds one folder per benchmark.")
     if options.dataset:
-        return [open_benchmark(name, options.data, backbone.image_size) for name in options.dataset]
-    found = open_found(options.data, backbone.image_size)
+        return [open_benchmark(name, options.data, backbone.frame) for name in options.dataset]
+    found = open_found(options.data, backbone.frame)
     if not found:
         raise PatchSAEError(f"--data: '{options.data}' holds none of the eleven benchmarks; give another.")
     return found

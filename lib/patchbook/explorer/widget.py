@@ -100,11 +100,11 @@ class Explorer(anywidget.AnyWidget):
         if not self.index["live"]:
             raise PatchSAEError("this explorer has no models: make it with sae, sae_hash and models.")
         picture, title = read_picture(source, title)
-        size = self.models[0].backbone.image_size
+        frame = self.models[0].backbone.frame
         number = len(self.index["gallery"]) + len(self._own)
-        self._own[number] = resize_and_crop(picture, size)
+        self._own[number] = resize_and_crop(picture, frame)
         width, height = picture.size
-        fitted = f"resized and cropped to {size} × {size} as CLIP takes them"
+        fitted = f"{frame.done} {frame.size} × {frame.size} as the model takes them"
         text = f"{title}: {width} × {height} pixels, {fitted}{note}."
         caption = {"title": title, "set": "your images"}
         self.index = self.index | {"own": [*self.index["own"], caption]}  # for views opened later

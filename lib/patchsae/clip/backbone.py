@@ -33,6 +33,7 @@ from open_clip.transformer import VisionTransformer
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 
 from patchsae.clip.files import brief, find_clip
+from patchsae.images.sets import Frame, as_frame
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.progress import progress_bar
 
@@ -179,6 +180,7 @@ class Backbone(nn.Module):
     n_tokens = property(lambda self: len(self.token_kind))
     grid = property(lambda self: self.tower.grid, doc="(rows, columns) of patches.")
     image_size = property(lambda self: self.tower.image_size[0], doc="Side in pixels.")
+    frame = property(lambda self: self._frame(), doc="How the model's own transform frames a picture.")
     mean = property(lambda self: self._pixels("image_mean", open_clip.OPENAI_DATASET_MEAN))
     std = property(lambda self: self._pixels("image_std", open_clip.OPENAI_DATASET_STD))
     device = property(lambda self: next(self.model.visual.parameters()).device)
@@ -247,6 +249,13 @@ class Backbone(nn.Module):
                 f"[B, 3, {self.image_size}, {self.image_size}]: resize or crop them first."
             )
         return images
+
+    def _frame(self) -> Frame:
+        known = getattr(self.model.visual, "preprocess_cfg", None) or {}
+        # open_clip's own rule: whatever is not bilinear is bicubic
+        interpolation = "bilinear" if known.get("interpolation") == "bilinear" else "bicubic"
+        resize, fill = known.get("resize_mode") or "shortest", known.get("fill_color") or 0
+        return as_frame(Frame(self.image_size, resize, interpolation, fill))
 
     def _pixels(self, statistic: str, default: Sequence[float]) -> tuple[float, ...]:
         return tuple(map(float, getattr(self.model.visual, statistic, None) or default))

@@ -28,11 +28,11 @@ from patchsae.images.benchmark_files import (
 from patchsae.images.benchmark_table import BENCHMARKS, PAGE, RECIPES, ROBUSTNESS, Recipe
 from patchsae.images.cifar import FILES as CIFAR_FILES
 from patchsae.images.cifar import CifarImages
-from patchsae.images.sets import Dataset, FileImages, class_folders, files_by_class
+from patchsae.images.sets import Dataset, FileImages, Frame, class_folders, files_by_class
 from patchsae.runs.errors import PatchSAEError
 
 
-def open_benchmark(name: str, data_root: str | Path, image_size: int) -> Dataset:
+def open_benchmark(name: str, data_root: str | Path, frame: int | Frame) -> Dataset:
     """Open one data set; no image is decoded, and every file that a split file names is known to exist.
 
     Splits are train and test, with val where the split file has one. ImageNet's val plays test. The sets
@@ -43,7 +43,7 @@ def open_benchmark(name: str, data_root: str | Path, image_size: int) -> Dataset
     ----------
     name : one of RECIPES
     data_root : the folder that holds one folder per data set
-    image_size : pixels of the square that `load` gives
+    frame : of the model (`Backbone.frame`), or the side of the square that `load` gives, px
 
     Raises
     ------
@@ -53,18 +53,18 @@ def open_benchmark(name: str, data_root: str | Path, image_size: int) -> Dataset
         raise PatchSAEError(f"data set '{name}' is unknown; choose one of {', '.join(RECIPES)}.")
     recipe, folder = RECIPES[name], Path(data_root) / name
     if name == "imagenet":
-        sets = _imagenet(recipe, folder, image_size)
+        sets = _imagenet(recipe, folder, frame)
     elif name in ROBUSTNESS:
-        sets = _variant(name, recipe, folder, image_size)
+        sets = _variant(name, recipe, folder, frame)
     elif name == "cifar-100":
-        sets = _cifar(recipe, folder, image_size)
+        sets = _cifar(recipe, folder, frame)
     else:
-        sets = _from_split(name, recipe, folder, image_size)
+        sets = _from_split(name, recipe, folder, frame)
     return Dataset(name, recipe.title, sets["test"].classnames, recipe.template, **sets)
 
 
 def open_found(
-    data_root: str | Path, image_size: int, names: Sequence[str] = BENCHMARKS
+    data_root: str | Path, frame: int | Frame, names: Sequence[str] = BENCHMARKS
 ) -> tuple[Dataset, ...]:
     """Open those of `names` that are complete, in that order.
 
@@ -74,13 +74,13 @@ def open_found(
     for name in names:
         if (Path(data_root) / name).is_dir():
             try:
-                opened.append(open_benchmark(name, data_root, image_size))
+                opened.append(open_benchmark(name, data_root, frame))
             except PatchSAEError as error:
                 warnings.warn(f"{name} is left out: {error}", stacklevel=2)
     return tuple(opened)
 
 
-def _from_split(name: str, recipe: Recipe, folder: Path, image_size: int) -> dict[str, FileImages]:
+def _from_split(name: str, recipe: Recipe, folder: Path, frame: int | Frame) -> dict[str, FileImages]:
     root, remedy = folder / recipe.folder, recipe.remedy
     if recipe.split:
         _require(name, [folder / recipe.split, root], remedy)
@@ -93,31 +93,29 @@ def _from_split(name: str, recipe: Recipe, folder: Path, image_size: int) -> dic
         split = read_text_split(source, lists, ".jpg", remedy)
     require_images(root, split.parts.values(), source, remedy)
     return {
-        part: FileImages(root, found.names, found.labels, split.classnames, image_size, name, part)
+        part: FileImages(root, found.names, found.labels, split.classnames, frame, name, part)
         for part, found in split.parts.items()
     }
 
 
-def _imagenet(recipe: Recipe, folder: Path, image_size: int) -> dict[str, FileImages]:
+def _imagenet(recipe: Recipe, folder: Path, frame: int | Frame) -> dict[str, FileImages]:
     roots = {"train": folder / recipe.folder / "train", "test": folder / recipe.folder / "val"}
     _require("imagenet", roots.values(), recipe.remedy)
     listed = folder / "classnames.txt"
     if listed.is_file():
         names = read_wnid_names(listed, recipe.remedy)
-        return _by_class("imagenet", roots, lambda wnids: _named(wnids, names, listed), image_size, recipe)
-    return _by_class("imagenet", roots, lambda wnids: _open_clips_names(wnids, listed), image_size, recipe)
+        return _by_class("imagenet", roots, lambda wnids: _named(wnids, names, listed), frame, recipe)
+    return _by_class("imagenet", roots, lambda wnids: _open_clips_names(wnids, listed), frame, recipe)
 
 
-def _variant(name: str, recipe: Recipe, folder: Path, image_size: int) -> dict[str, FileImages]:
+def _variant(name: str, recipe: Recipe, folder: Path, frame: int | Frame) -> dict[str, FileImages]:
     root, remedy = folder / recipe.folder, recipe.remedy
     lists = folder / "classnames.txt", folder.parent / "imagenet" / "classnames.txt"
     listed = next((path for path in lists if path.is_file()), lists[0])
     _require(name, [root, listed], remedy)
     names = read_wnid_names(listed, remedy)
     if name != "imagenetv2":
-        found = _by_class(
-            name, {"test": root}, lambda wnids: _named(wnids, names, listed), image_size, recipe
-        )
+        found = _by_class(name, {"test": root}, lambda wnids: _named(wnids, names, listed), frame, recipe)
         test = found["test"]
     else:
         # its folders are label numbers, which do not sort as text
@@ -127,29 +125,29 @@ def _variant(name: str, recipe: Recipe, folder: Path, image_size: int) -> dict[s
         folders.sort(key=int)
         files = _full_folders(root, folders, remedy)
         labels = np.array([int(label) for label in folders], np.int64)[files.labels]
-        test = FileImages(root, files.names, labels, tuple(names.values()), image_size, name, "test")
-    train = FileImages(root, [], [], test.classnames, image_size, name, "train")
+        test = FileImages(root, files.names, labels, tuple(names.values()), frame, name, "test")
+    train = FileImages(root, [], [], test.classnames, frame, name, "train")
     return {"train": train, "test": test}
 
 
-def _cifar(recipe: Recipe, folder: Path, image_size: int) -> dict[str, CifarImages | FileImages]:
+def _cifar(recipe: Recipe, folder: Path, frame: int | Frame) -> dict[str, CifarImages | FileImages]:
     official = [folder / recipe.folder, folder, folder.parent / recipe.folder]
     for place in official:
         if (place / "meta").is_file():
             _require("cifar-100", [place / file for file in CIFAR_FILES], recipe.remedy)
-            return {part: CifarImages(place, image_size, part, recipe.remedy) for part in ("train", "test")}
+            return {part: CifarImages(place, frame, part, recipe.remedy) for part in ("train", "test")}
     roots = {part: folder / part for part in ("train", "test")}
     by_class = any(root.is_dir() for root in roots.values())
     needed = roots.values() if by_class else [official[0] / file for file in CIFAR_FILES]
     _require("cifar-100", needed, recipe.remedy)
-    return _by_class("cifar-100", roots, list, image_size, recipe)
+    return _by_class("cifar-100", roots, list, frame, recipe)
 
 
 def _by_class(
     name: str,
     roots: dict[str, Path],
     named: Callable[[list[str]], Sequence[str]],
-    image_size: int,
+    frame: int | Frame,
     recipe: Recipe,
 ) -> dict[str, FileImages]:
     """Open parts with one folder per class, the same in each; `named` turns folders into class names."""
@@ -166,7 +164,7 @@ def _by_class(
     classnames = named(folders["test"])
     files = {part: _full_folders(root, folders[part], recipe.remedy) for part, root in roots.items()}
     return {
-        part: FileImages(roots[part], found.names, found.labels, classnames, image_size, name, part)
+        part: FileImages(roots[part], found.names, found.labels, classnames, frame, name, part)
         for part, found in files.items()
     }
 
@@ -221,7 +219,7 @@ def describe(name: str, data_root: str | Path) -> tuple[bool, str]:
     ------
     PatchSAEError : as `open_benchmark`.
     """
-    data, recipe = open_benchmark(name, data_root, image_size=1), RECIPES[name]  # nothing is decoded
+    data, recipe = open_benchmark(name, data_root, frame=1), RECIPES[name]  # nothing is decoded
     parts = {"train": data.train, "val": data.val, "test": data.test}
     found = {part: len(images) for part, images in parts.items() if images is not None and len(images)}
     text = f"{len(data.classnames):,} classes; " + ", ".join(f"{n:,} {part}" for part, n in found.items())

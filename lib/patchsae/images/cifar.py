@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from patchsae.images.sets import Batch, ImageSet, resize_and_crop, short_hash
+from patchsae.images.sets import Batch, Frame, ImageSet, as_frame, frame_key, resize_and_crop, short_hash
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.restricted_pickle import ForbiddenCall
 
@@ -37,8 +37,8 @@ class CifarImages(ImageSet):
     PatchSAEError : a file is missing, damaged, or would call something when read.
     """
 
-    def __init__(self, folder: Path, image_size: int, split: str, remedy: str):
-        self.name, self.split, self.image_size = "cifar-100", split, image_size
+    def __init__(self, folder: Path, frame: int | Frame, split: str, remedy: str):
+        self.name, self.split, self.frame = "cifar-100", split, as_frame(frame)
         self.path = Path(folder) / split
         names = _field(_read(folder / "meta", remedy)[0], "fine_label_names", folder / "meta", remedy)
         if not all(isinstance(name, str | bytes) for name in names):
@@ -80,14 +80,14 @@ class CifarImages(ImageSet):
 
     def load(self, indices: Sequence[int]) -> Batch:
         indices = np.asarray(indices, dtype=np.int64)
-        images = torch.stack([resize_and_crop(self.picture(i), self.image_size) for i in indices])
+        images = torch.stack([resize_and_crop(self.picture(i), self.frame) for i in indices])
         return Batch(images, torch.from_numpy(self.labels[indices]), torch.from_numpy(indices))
 
     def fingerprint(self) -> str:
         if self._fingerprint is None:
             content = hashlib.sha256(self.labels.tobytes())
             content.update(self.pixels)
-            self._fingerprint = short_hash([self.image_size, self.split, content.hexdigest()])
+            self._fingerprint = short_hash([frame_key(self.frame), self.split, content.hexdigest()])
         return self._fingerprint
 
 

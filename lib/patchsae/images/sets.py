@@ -23,7 +23,47 @@ from PIL import Image
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.progress import progress_bar
 
+RESIZE = {
+    "shortest": "resized and cropped to",
+    "longest": "resized and padded to",
+    "squash": "resized, in both directions, to",
+}
+INTERPOLATION = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+
+
+class Frame(NamedTuple):
+    """How a picture becomes the square that a model takes; the defaults are CLIP's."""
+
+    size: int
+    """Side, px."""
+    resize: str = "shortest"
+    """Which side is resized to it: 'shortest' (then cropped), 'longest' (then padded), both ('squash')."""
+    interpolation: str = "bicubic"
+    """'bicubic' or 'bilinear'."""
+    fill: int = 0
+    """Grey level of padding, 0 … 255."""
+
+    @property
+    def done(self) -> str:
+        return RESIZE[self.resize]
+
+
+def as_frame(frame: int | Frame) -> Frame:
+    """Return a frame; a number is the side of CLIP's.
+
+    Raises
+    ------
+    PatchSAEError : an unknown way of resizing or interpolation.
+    """
+    frame = frame if isinstance(frame, Frame) else Frame(int(frame))
+    for field, known in (("resize", RESIZE), ("interpolation", INTERPOLATION)):
+        if getattr(frame, field) not in known:
+            raise PatchSAEError(
+                f"{field}={getattr(frame, field)!r} of the model's preprocessing is unknown; use one of "
+                f"{', '.join(known)}."
+            )
+    return frame
 
 
 class Batch(NamedTuple):
@@ -172,12 +212,12 @@ class PathList(Sequence):
 class FileImages(ImageSet):
     """Files under one folder with a label each, decoded on demand.
 
-    Images are resized (bicubic, shorter side) and centre-cropped to `image_size` as CLIP's own
-    preprocessing does (facts.md §1.2).
+    Images are resized, and cropped or padded, as the model's own preprocessing does (facts.md §1.2).
 
     Parameters
     ----------
     names : paths relative to `root`, with '/', one per label
+    frame : the model's (`Backbone.frame`), or the side of CLIP's, px
 
     Raises
     ------
@@ -190,11 +230,11 @@ class FileImages(ImageSet):
         names: Iterable[str],
         labels: Sequence[int],
         classnames: Sequence[str],
-        image_size: int,
+        frame: int | Frame,
         name: str,
         split: str,
     ):
-        self.paths, self.image_size = PathList(root, names), image_size
+        self.paths, self.frame = PathList(root, names), as_frame(frame)
         self.labels = np.asarray(labels, dtype=np.int64)
         self.name, self.split, self.classnames = name, split, tuple(classnames)
         self._fingerprint: str | None = None
@@ -203,9 +243,13 @@ class FileImages(ImageSet):
     def root(self) -> Path:
         return self.paths.root
 
+    @property
+    def image_size(self) -> int:
+        return self.frame.size
+
     def load(self, indices: Sequence[int]) -> Batch:
         indices = np.asarray(indices, dtype=np.int64)
-        images = torch.stack([load_image(self.paths[i], self.image_size) for i in indices])
+        images = torch.stack([load_image(self.paths[i], self.frame) for i in indices])
         return Batch(images, torch.from_numpy(self.labels[indices]), torch.from_numpy(indices))
 
     def picture(self, index: int) -> Image.Image:
@@ -218,7 +262,7 @@ class FileImages(ImageSet):
         # size and time of change stand for the content: ImageNet's cannot be read at every start.
         # Kept, because asking for those of 1.28 million files takes seconds.
         if self._fingerprint is None:
-            content = hashlib.sha256(json.dumps([self.image_size, len(self)]).encode())
+            content = hashlib.sha256(json.dumps([frame_key(self.frame), len(self)]).encode())
             content.update(self.labels.tobytes())
             for index in range(len(self)):
                 name = self.paths.name(index)
@@ -250,7 +294,7 @@ class FolderImages(FileImages):
     def __init__(
         self,
         root: str | Path,
-        image_size: int,
+        frame: int | Frame,
         split: str = "test",
         classnames: Sequence[str] | None = None,
     ):
@@ -271,7 +315,7 @@ class FolderImages(FileImages):
                 f"given; complete the folder."
             )
         classnames = classnames or [folder.replace("_", " ") for folder in folders]
-        super().__init__(root, names, labels, classnames, image_size, root.name, split)
+        super().__init__(root, names, labels, classnames, frame, root.name, split)
 
 
 def class_folders(root: Path) -> list[str]:
@@ -355,14 +399,14 @@ class Dataset:
         )
 
 
-def load_image(path: str | Path, image_size: int) -> torch.Tensor:
-    """Decode one file to uint8 [3, S, S]: RGB, shorter side to S (bicubic), centre crop.
+def load_image(path: str | Path, frame: int | Frame) -> torch.Tensor:
+    """Decode one file to uint8 [3, S, S] in RGB, framed as the model frames it.
 
     Raises
     ------
     PatchSAEError : the file is missing or is no readable image.
     """
-    return resize_and_crop(open_image(path), image_size)
+    return resize_and_crop(open_image(path), frame)
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -374,14 +418,34 @@ def open_image(path: str | Path) -> Image.Image:
         raise PatchSAEError(f"cannot read image '{path}' ({error}); replace or remove the file.") from error
 
 
-def resize_and_crop(image: Image.Image, image_size: int) -> torch.Tensor:
-    """Turn an RGB image into uint8 [3, S, S]: shorter side to S (bicubic), centre crop."""
-    # the longer side is rounded down, as torchvision's Resize does
-    width, height = (side * image_size // min(image.size) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = round((width - image_size) / 2), round((height - image_size) / 2)
-    image = image.crop((left, top, left + image_size, top + image_size))
+def resize_and_crop(image: Image.Image, frame: int | Frame) -> torch.Tensor:
+    """Turn an RGB image into uint8 [3, S, S] as open_clip's transform does, to the last bit.
+
+    Raises
+    ------
+    PatchSAEError : an unknown way of resizing or interpolation.
+    """
+    size, resize, interpolation, fill = as_frame(frame)
+    (width, height), short, long = image.size, min(image.size), max(image.size)
+    if resize == "squash":
+        width = height = size
+    elif resize == "longest":
+        width, height = (max(1, round(side / (long / size))) for side in (width, height))
+    else:  # the longer side is rounded down, as torchvision's Resize does
+        width, height = (side * size // short for side in (width, height))
+    image = image.resize((width, height), INTERPOLATION[interpolation])
+    if resize == "longest":
+        page = Image.new("RGB", (size, size), (fill,) * 3)
+        page.paste(image, ((size - width) // 2, (size - height) // 2))
+        image = page
+    left, top = (round((side - size) / 2) for side in image.size)
+    image = image.crop((left, top, left + size, top + size))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def frame_key(frame: Frame) -> int | list:
+    """Return what a hash of images knows of their frame: of CLIP's own the side alone."""
+    return frame.size if frame == Frame(frame.size) else list(frame)
 
 
 def short_hash(content: object) -> str:
