@@ -39,9 +39,10 @@ RELU = {"expansion": 8}
 TOPK = {"expansion": 8, "activation": "topk", "l1": 0.0}
 CANDIDATES: dict[str, tuple[dict, dict]] = {
     "ReLU, λ 5e-4": (RELU | {"l1": 5e-4}, {}),
+    "ReLU, λ 1e-3": (RELU | {"l1": 1e-3}, {}),
     "ReLU, λ 2e-3": (RELU | {"l1": 2e-3}, {}),
-    "ReLU, λ 4e-3": (RELU | {"l1": 4e-3}, {}),
-    "ReLU, λ 4e-3, 512 latents": (RELU | {"l1": 4e-3, "expansion": 4}, {}),
+    "ReLU, λ 1e-3, 512 latents": (RELU | {"l1": 1e-3, "expansion": 4}, {}),
+    "TopK 4": (TOPK | {"k": 4}, {}),
     "TopK 8": (TOPK | {"k": 8}, {}),
     "TopK 16": (TOPK | {"k": 16}, {}),
     "TopK 8, 512 latents": (TOPK | {"k": 8, "expansion": 4}, {}),
