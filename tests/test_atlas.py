@@ -14,7 +14,7 @@ from PIL import Image
 from tiny import tiny_backbone, tiny_images
 
 from patchbook.scenes.embedded import SINGLE, SceneSet
-from patchsae.images.sets import FolderImages
+from patchsae.images.files import FolderImages
 from patchsae.latents import atlas as atlas_module
 from patchsae.latents.accumulator import EDGES, Accumulator
 from patchsae.latents.atlas import AtlasConfig, make_atlas

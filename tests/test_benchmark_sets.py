@@ -12,7 +12,7 @@ import torch
 from miniature import AIRCRAFT, PER_CLASS, SPLIT_SETS, WNIDS, benchmark, imagenet, photo, split_set
 
 from patchsae.images.benchmark_sets import BENCHMARKS, RECIPES, ROBUSTNESS, main, open_benchmark, open_found
-from patchsae.images.sets import load_image
+from patchsae.images.files import load_image
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.stage import project_root
 
@@ -373,7 +373,7 @@ def test_images_of_a_set_reach_workers_as_few_bytes(whole):
     data = open_benchmark("imagenet", whole, SIDE).train
     sent = pickle.loads(pickle.dumps(data))
     assert torch.equal(sent.load([3]).images, data.load([3]).images)
-    from patchsae.images.sets import FileImages
+    from patchsae.images.files import FileImages
 
     names = [f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(20_000)]
     many = FileImages(whole, names, np.zeros(len(names)), ["a"], SIDE, "many", "train")

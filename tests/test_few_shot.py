@@ -13,7 +13,8 @@ from miniature import benchmark, imagenet, split_set
 from patchbook.scenes.embedded import DATASETS, embedded_dataset
 from patchsae.images.benchmark_sets import BENCHMARKS, open_benchmark
 from patchsae.images.few_shot import few_shot, read_manifest, write_manifest
-from patchsae.images.sets import Dataset, FileImages
+from patchsae.images.files import FileImages
+from patchsae.images.sets import Dataset
 from patchsae.runs.errors import PatchSAEError
 
 SIDE = 32

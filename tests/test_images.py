@@ -14,17 +14,10 @@ from PIL import Image
 
 import patchsae.runs.compat  # noqa: F401  (before torchvision)
 from patchbook.scenes.embedded import SINGLE, SceneSet
-from patchsae.clip import files
-from patchsae.images import sets as library
-from patchsae.images.sets import (
-    Dataset,
-    FileImages,
-    FolderImages,
-    Frame,
-    PathList,
-    load_image,
-    resize_and_crop,
-)
+from patchsae.clip import files as clip_files
+from patchsae.images import files as library
+from patchsae.images.files import FileImages, FolderImages, Frame, PathList, load_image, resize_and_crop
+from patchsae.images.sets import Dataset
 from patchsae.runs.errors import PatchSAEError
 
 # isort: split
@@ -184,7 +177,7 @@ def test_base_is_the_larger_half_and_novel_the_rest(folder):
 
 FINGERPRINTS = """
 import json, sys
-from patchsae.images.sets import FolderImages
+from patchsae.images.files import FolderImages
 images = FolderImages(sys.argv[1], 32)
 parts = images, images.subset([3, 1]), images.classes([5, 2])
 print(json.dumps([part.fingerprint() for part in parts]))
@@ -401,4 +394,4 @@ def test_a_model_has_the_frame_of_its_own_transform():
     backbone.model.visual.preprocess_cfg = published
     assert backbone.frame == Frame(112, "squash", "bilinear")
     for name in ("ViT-B-16-SigLIP", "ViT-B-16-SigLIP2"):
-        assert files._published_preprocess(name, "webli")["resize_mode"] == "squash"
+        assert clip_files._published_preprocess(name, "webli")["resize_mode"] == "squash"

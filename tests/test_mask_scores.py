@@ -8,7 +8,7 @@ from sklearn.metrics import average_precision_score
 from tiny import tiny_backbone
 
 from patchbook.scenes.embedded import SINGLE, SceneSet, domain_sets
-from patchsae.images.sets import FolderImages
+from patchsae.images.files import FolderImages
 from patchsae.latents.best_latents import Row, alternate, choose, compare, random_sae, score_of
 from patchsae.latents.maps import Fired, fired, patch_cover
 from patchsae.latents.scores import METRICS, Metric, Scores, Truth, _score, score_latents, token_length

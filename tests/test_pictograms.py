@@ -34,7 +34,7 @@ from patchbook.scenes.pictograms import (
     written_words,
 )
 from patchbook.scenes.sprites import PHOTOS, STYLES
-from patchsae.images.sets import FolderImages
+from patchsae.images.files import FolderImages
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.stage import project_root
 

@@ -13,8 +13,8 @@ from PIL import Image
 from tiny import CONFIG
 
 from patchbook.scenes.embedded import SceneSet
+from patchsae.images.files import FolderImages
 from patchsae.images.loading import Pixels, read_batches
-from patchsae.images.sets import FolderImages
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.ranks import Ranks
 from patchsae.training import activations

@@ -33,7 +33,7 @@ from open_clip.transformer import VisionTransformer
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 
 from patchsae.clip.files import brief, find_clip
-from patchsae.images.sets import Frame, as_frame
+from patchsae.images.files import Frame, as_frame
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.progress import progress_bar
 

@@ -28,7 +28,8 @@ from patchsae.images.benchmark_files import (
 from patchsae.images.benchmark_table import BENCHMARKS, PAGE, RECIPES, ROBUSTNESS, Recipe
 from patchsae.images.cifar import FILES as CIFAR_FILES
 from patchsae.images.cifar import CifarImages
-from patchsae.images.sets import Dataset, FileImages, Frame, class_folders, files_by_class
+from patchsae.images.files import FileImages, Frame, class_folders, files_by_class
+from patchsae.images.sets import Dataset
 from patchsae.runs.errors import PatchSAEError
 
 

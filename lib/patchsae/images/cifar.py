@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from patchsae.images.sets import Batch, Frame, ImageSet, as_frame, frame_key, resize_and_crop, short_hash
+from patchsae.images.files import Frame, as_frame, frame_key, resize_and_crop
+from patchsae.images.sets import Batch, ImageSet, short_hash
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.restricted_pickle import ForbiddenCall
 

@@ -1,0 +1,222 @@
+"""A CLIP and the autoencoder that reads it, as one object: the library in a few lines.
+
+    import patchsae as ps
+    clip = ps.load_clip("ViT-B-16-quickgelu", "openai", block=11)
+    photos = ps.open_images("photos/", clip)
+    lens = ps.train(clip, photos, expansion=16)
+    found = ps.describe(lens, photos)
+    ps.show(found, latent=412)
+
+Everything here is a short way to a room, which does the work and has more options.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch.nn.functional as F
+import xarray as xr
+
+from patchsae.clip.backbone import Backbone
+from patchsae.images.files import FileImages, FolderImages, class_folders, files_by_class, files_in
+from patchsae.images.sets import ImageSet
+from patchsae.latents.atlas import AtlasConfig, make_atlas
+from patchsae.latents.maps import masked_images
+from patchsae.runs.errors import PatchSAEError
+from patchsae.sae.importers import import_sae
+from patchsae.sae.model import CONFIG, SAE, SAEConfig
+from patchsae.training.starts import Start
+from patchsae.training.trainer import TrainConfig, train_sae
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RESULTS = "results"
+HUB = "hf:"
+UNMOVED = 0.9  # mean cosine of decoder rows with their random start, above which nothing was learned
+
+
+@dataclass(frozen=True)
+class Lens:
+    """A CLIP cut after a block, and a sparse autoencoder of the tokens there.
+
+    Raises
+    ------
+    PatchSAEError : the SAE is of another width than the tokens.
+    """
+
+    clip: Backbone
+    """The model that the tokens come from."""
+    sae: SAE
+    """What decomposes them."""
+    name: str
+    """What it is called in messages and manifests: the folder, file or hub name that it came from."""
+
+    def __post_init__(self):
+        if self.sae.d_in != self.clip.d_model:
+            raise PatchSAEError(
+                f"the SAE '{self.name}' is of width {self.sae.d_in}, the tokens of {self.clip.name} of "
+                f"{self.clip.d_model}; give the model that it was trained on."
+            )
+
+
+class Found(NamedTuple):
+    """What each latent of a lens stands for on an image set."""
+
+    atlas: xr.Dataset
+    """Statistics and references by latent."""
+    lens: Lens
+    images: ImageSet
+
+
+def open_images(folder: str | Path, clip: Backbone) -> FileImages:
+    """Open a person's own pictures, framed as the model's own transform frames them.
+
+    A folder of folders has a class for each; one of pictures is one class by its own name.
+
+    Raises
+    ------
+    PatchSAEError : the folder is missing, or holds no picture.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise PatchSAEError(f"there is no folder '{folder}'; give one that holds pictures.")
+    if names := files_in(folder):
+        inside, _ = files_by_class(folder, class_folders(folder))
+        if inside:
+            raise PatchSAEError(
+                f"'{folder}' holds pictures and folders of pictures; put the former into a folder, too."
+            )
+        one = folder.resolve().name
+        return FileImages(folder, names, np.zeros(len(names), np.int64), (one,), clip.frame, one, "all")
+    return FolderImages(folder, clip.frame, split="all")
+
+
+def train(
+    clip: Backbone, images: ImageSet, root: str | Path = RESULTS, progress: bool = True, **fields: Any
+) -> Lens:
+    """Train an autoencoder on a set's images, or find it in `root`; return it with its model.
+
+    Parameters
+    ----------
+    fields : of SAEConfig and TrainConfig, such as expansion=16, l1=8e-5, images=100_000; `images` that are
+        seen, in the latter sense, is by default every image once. Without `cache` tokens are computed anew.
+
+    Raises
+    ------
+    PatchSAEError : a field that neither has, or a value that it refuses; as `train_sae`.
+    """
+    of_sae, of_run = (
+        {field.name for field in dataclasses.fields(kind)} for kind in (SAEConfig, TrainConfig)
+    )
+    if unknown := sorted(set(fields) - of_sae - of_run):
+        known = ", ".join(sorted((of_sae | of_run) - {"d_in"}))
+        raise PatchSAEError(f"train has no parameter '{unknown[0]}'; there are {known}.")
+    sae = SAEConfig(**{"d_in": clip.d_model} | {k: v for k, v in fields.items() if k in of_sae})
+    run = {"images": len(images)} | {k: v for k, v in fields.items() if k in of_run}
+    config = TrainConfig(**run)
+    trained = train_sae(images, clip, sae, config, root, progress)
+    if config.start is Start.RANDOM:
+        still = (
+            F.cosine_similarity(SAE(sae, config.seed).W_dec, trained.sae.W_dec.cpu(), dim=1).mean().item()
+        )
+        if still > UNMOVED:
+            steps = int(trained.metrics[-1]["step"])
+            warnings.warn(
+                f"After {steps:,} steps the decoder's rows are still at a cosine of "
+                f"{still:.2f} with their random start: hardly anything was learned. See more images "
+                f"(images={10 * config.images}), or take smaller batches "
+                f"(token_batch={max(64, config.token_batch // 4)}).",
+                stacklevel=2,
+            )
+    return Lens(clip, trained.sae, str(trained.folder))
+
+
+def load_sae(source: str | Path, clip: Backbone) -> Lens:
+    """Read an autoencoder for this model: saved here, by another project, or on the Hugging Face hub.
+
+    source: a folder that `SAE.save` wrote; a file or folder of PatchSAE's released code, SAELens, saev,
+    sparsify, Prisma or dictionary_learning; or `hf:organisation/name`, which is fetched once.
+
+    Raises
+    ------
+    PatchSAEError : it is missing or damaged, cannot be fetched, or is of another width than the tokens.
+    """
+    name = str(source)
+    path = _fetched(name.removeprefix(HUB)) if name.startswith(HUB) else Path(name).expanduser()
+    if not path.exists():
+        raise PatchSAEError(f"there is no file or folder '{path}'; give one that holds an autoencoder.")
+    own = path.is_dir() and (path / CONFIG).is_file()
+    sae = SAE.load(path, clip.device) if own else import_sae(path).to(clip.device)
+    return Lens(clip, sae, name)
+
+
+def _fetched(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.yaml"]))
+    except Exception as error:  # no network, no such name, no right to it: the remedy is one
+        first = str(error).strip().partition("\n")[0][:160].rstrip(" .:")
+        raise PatchSAEError(
+            f"'{name}' could not be fetched from the Hugging Face hub ({type(error).__name__}: {first}); "
+            "correct the name, or fetch it where there is a network and give the folder."
+        ) from error
+
+
+def describe(
+    lens: Lens, images: ImageSet, root: str | Path = RESULTS, progress: bool = True, **fields: Any
+) -> Found:
+    """Describe every latent on an image set: how often and on what it fires, and its reference images.
+
+    fields: of AtlasConfig, such as k=10 reference images and tau=0.2. What `root` holds is read.
+
+    Raises
+    ------
+    PatchSAEError : a field that AtlasConfig lacks; fewer images than k; as `make_atlas`.
+    """
+    known = [field.name for field in dataclasses.fields(AtlasConfig)]
+    if unknown := sorted(set(fields) - set(known)):
+        raise PatchSAEError(f"describe has no parameter '{unknown[0]}'; there are {', '.join(known)}.")
+    config = AtlasConfig(**{"k": min(AtlasConfig.k, len(images)), "empty_classes": True} | fields)
+    atlas = make_atlas(lens.sae, lens.clip, images, config, root, lens.name, progress=progress)
+    return Found(atlas, lens, images)
+
+
+def show(found: Found, latent: int, images: int = 5) -> Figure:
+    """Draw a latent's strongest reference images, each above the part of it where the latent fires.
+
+    Raises
+    ------
+    PatchSAEError : there is no such latent, or it fires on no image.
+    """
+    from matplotlib.figure import Figure
+
+    (atlas, lens, pictures), count = found, found.lens.sae.d_sae
+    if not isinstance(latent, int | np.integer) or not 0 <= latent < count:
+        raise PatchSAEError(f"latent={latent!r} is none of the {count}; give a number in 0..{count - 1}.")
+    one = atlas.sel(latent=int(latent))
+    index = [int(i) for i in one.top_index.values[:images] if i >= 0]
+    if not index:
+        raise PatchSAEError(f"latent {latent} fires on no image of '{pictures.name}'; give another.")
+    pixels = pictures.load(index).images
+    masked = masked_images(lens.sae, lens.clip, pixels, int(latent))
+    figure = Figure(figsize=(1.9 * len(index), 4.4), layout="constrained")
+    axes = figure.subplots(2, len(index), squeeze=False)
+    for column, (image, part) in enumerate(
+        zip(pixels.permute(0, 2, 3, 1).cpu().numpy(), masked, strict=True)
+    ):
+        label = pictures.classnames[int(pictures.labels[index[column]])]
+        axes[0, column].imshow(image)
+        axes[0, column].set_title(f"{label}\n{float(one.top_value.values[column]):.2g}", fontsize=9)
+        axes[1, column].imshow(part)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    share = float(one.frequency)
+    figure.suptitle(f"latent {latent} of {lens.name}: fires on {share:.1%} of images", fontsize=10)
+    return figure
