@@ -160,6 +160,15 @@ def test_what_patches_leave_unsaid():
     assert 0.02 < training.unsaid(only_silent, meaning, silent) < shares[0]
 
 
+def test_variance_in_one_direction_is_crowded():
+    draw = torch.Generator().manual_seed(2)
+    even = torch.randn(20_000, 16, generator=draw)
+    assert training.crowded(even).item() == pytest.approx(1 / 4, rel=0.02)
+    one = torch.outer(torch.randn(500, generator=draw), torch.randn(16, generator=draw)) + 7
+    assert training.crowded(one).item() == pytest.approx(1)
+    assert training.crowded(even * torch.tensor([5.0] + [1.0] * 15)) > 0.5
+
+
 def test_the_gradient_of_the_unsaid_is_that_of_its_best_map():
     draw = torch.Generator().manual_seed(1)
     stream, meaning = torch.randn(200, 8, generator=draw), torch.randn(200, 5, generator=draw)
@@ -199,12 +208,15 @@ def test_two_processes_take_the_mean_of_their_gradients(tmp_path):
     clip, tokenizer, normal = training.build()
     training.smooth_positions(clip)
     head = training.Head(128, len(training.concepts()))
-    parameters, weights = [*clip.parameters(), *head.parameters()], (1.0, 1.0, *phase.patches, phase.unsaid)
+    parameters, weights = (
+        [*clip.parameters(), *head.parameters()],
+        (1.0, 1.0, *phase.patches, phase.unsaid, phase.unsaid),
+    )
     for seen in (0, 16):
         parts = training.losses(
             clip, head, training.draw_batch(recipe, phase, seen, tokenizer, normal, "cpu"), phase.patches
         )
-        names = ("contrastive", "head", "patches", "tiles", "unsaid")
+        names = ("contrastive", "head", "patches", "tiles", "unsaid", "crowded")
         (sum(w * parts[name] for name, w in zip(names, weights, strict=True)) / 2).backward()
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     for optimiser in training.optimisers(clip, head, recipe):

@@ -76,7 +76,7 @@ class Phase:
     patches: tuple[float, float] = (0.0, 0.0)
     """Weight of the loss that makes patches speak: of whole scenes, of mosaics."""
     unsaid: float = 0.0
-    """Weight of the share of the patches' variance that is not in what they say."""
+    """Weight of the share of the patches' variance that is not in what they say, and of its crowding."""
     restart: float | None = None
     """Step size that a new cycle begins with here, in units of the recipe's; None goes on as before."""
     decay_from: float = 0.4
@@ -309,6 +309,17 @@ def unsaid(stream: torch.Tensor, meaning: torch.Tensor, silent: torch.Tensor) ->
     return (rest / whole + quiet / (quiet + whole - rest)) / 2
 
 
+def crowded(stream: torch.Tensor) -> torch.Tensor:
+    """Return how much of the patches' variance lies in few directions: ‖C‖ / tr C of their covariance.
+
+    1 for one direction, 1 / √width where all have the same. Without it the cheapest way to leave little
+    unsaid is one loud direction, such as that something is said.
+    """
+    x = stream.float() - stream.float().mean(0)
+    covariance = x.T @ x
+    return covariance.square().sum().sqrt() / covariance.diagonal().sum()
+
+
 class Head(nn.Linear):
     """What is trained beside CLIP and thrown away: a concept classifier, and how patches say nothing."""
 
@@ -366,7 +377,8 @@ def losses(clip: CLIP, head: Head, batch: Batch, weights: tuple[float, float]) -
         parts["tiles"], *said = _speech(head, patches, names, batch.nouns, batch.tiles)
         spoken.append((seen.stream.flatten(0, 1), *said))
     if spoken:
-        parts["unsaid"] = unsaid(*(torch.cat(part) for part in zip(*spoken, strict=True)))
+        stream, *said = (torch.cat(part) for part in zip(*spoken, strict=True))
+        parts["unsaid"], parts["crowded"] = unsaid(stream, *said), crowded(stream)
     return parts
 
 
@@ -563,7 +575,7 @@ def train(
         whole, tiled = phase.patches
         weights = {
             "contrastive": 1.0, "head": recipe.concept_head, "patches": whole, "tiles": tiled,
-            "unsaid": phase.unsaid,
+            "unsaid": phase.unsaid, "crowded": phase.unsaid,
         }  # fmt: skip
         sum(weight * parts[name] for name, weight in weights.items() if name in parts).backward()
         average(ranks, [*clip.parameters(), *head.parameters()])
