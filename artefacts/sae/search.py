@@ -37,15 +37,17 @@ COMMON = TrainConfig(
 )  # fmt: skip
 RELU = {"expansion": 8}
 TOPK = {"expansion": 8, "activation": "topk", "l1": 0.0}
-CANDIDATES: dict[str, tuple[dict, dict]] = {
-    "ReLU, λ 5e-4": (RELU | {"l1": 5e-4}, {}),
-    "ReLU, λ 1e-3": (RELU | {"l1": 1e-3}, {}),
-    "ReLU, λ 2e-3": (RELU | {"l1": 2e-3}, {}),
-    "ReLU, λ 1e-3, 512 latents": (RELU | {"l1": 1e-3, "expansion": 4}, {}),
-    "TopK 4": (TOPK | {"k": 4}, {}),
-    "TopK 8": (TOPK | {"k": 8}, {}),
-    "TopK 16": (TOPK | {"k": 16}, {}),
-    "TopK 8, 512 latents": (TOPK | {"k": 8, "expansion": 4}, {}),
+# settings of SAEConfig, and how many times as long as the others it is trained
+CANDIDATES: dict[str, tuple[dict, int]] = {
+    "ReLU, λ 5e-4": (RELU | {"l1": 5e-4}, 1),
+    "ReLU, λ 1e-3": (RELU | {"l1": 1e-3}, 1),
+    "ReLU, λ 2e-3": (RELU | {"l1": 2e-3}, 1),
+    "TopK 4": (TOPK | {"k": 4}, 1),
+    "TopK 8": (TOPK | {"k": 8}, 1),
+    "TopK 16": (TOPK | {"k": 16}, 1),
+    "ReLU, λ 7e-4, three times as long": (RELU | {"l1": 7e-4}, 3),
+    "ReLU, λ 1e-3, three times as long": (RELU | {"l1": 1e-3}, 3),
+    "TopK 16, three times as long": (TOPK | {"k": 16}, 3),
 }
 
 
@@ -88,8 +90,8 @@ def learn(name: str, images: int, different: int, work: Path) -> SAE:
     """Train a candidate, or find it in the folder of runs."""
     setup = scale("embedded")
     backbone = setup.backbone()
-    sae, train = CANDIDATES[name]
-    config = replace(COMMON, images=images, cache=str(work), **train)
+    sae, times = CANDIDATES[name]
+    config = replace(COMMON, images=times * images, cache=str(work))
     few = setup.sets(backbone, "").train.sample(different)
     return train_sae(few, backbone, SAEConfig(backbone.d_model, **sae), config, work, progress=False).sae
 
