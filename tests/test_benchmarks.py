@@ -78,7 +78,7 @@ def test_a_workload_survives_the_file_and_depends_on_the_seed_only(bench, tmp_pa
 
 @pytest.mark.parametrize("dead_share", [0.0, 0.5])
 def test_the_released_step_has_the_objective_of_the_library(bench, peers, dead_share):
-    """Its gradients too: the description in facts.md was read alike twice."""
+    """Its gradients too: the description in facts.md §4.1 and §4.2 was read alike twice."""
     problem = bench.Problem(128, 6, d_in=16, tokens=64, dead_share=dead_share)
     workload = bench.make_workload(problem)
     setting, x = bench.setting(workload, problem), workload.batches[0]

@@ -68,7 +68,7 @@ def test_recovered():
 
 
 def direct_losses(backbone, sae, images, rows):
-    """Facts §4.4, written out for one batch."""
+    """Follow facts.md §4.4, written out for one batch."""
     batch = images.load(rows)
     names = [images.classnames[label] for label in batch.labels]
     words = backbone.encode_text([f"A photo of a {name}." for name in names])

@@ -4,7 +4,8 @@ The model is open_clip's own; only the order of the arithmetic differs while tra
 out (2.6x faster in bfloat16 on a CPU than the fused kernel's backward) and captions cropped to their
 length (exact, because the text tower is causal). A test compares both forwards.
 
-Most images are seen at 56 px (7x7 patches), the last at 112 px (14x14): embedded.md.
+Most images are seen at 56 px (7x7 patches), which is cheaper, the last at 112 px (14x14): "The small CLIP"
+in book/data_card.md.
 The run can be stopped and started again at any time; it goes on from its last checkpoint. Under torchrun
 every process draws a batch of its own and gradients are averaged, so N processes take N times the batch.
 """

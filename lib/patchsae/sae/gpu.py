@@ -59,9 +59,9 @@ def active_set(
 ) -> Active | None:
     """Find all positive pre-activations z = W_enc xc + b_enc without forming z.
 
-    A matrix product finds every pair whose z can be positive given how far the product can be off
-    (peers.md, "The idea", 2); their z are then computed in float32 and those above 0 kept. The result is
-    the same, to the bit, whichever product is used. Waits twice for the device, for the lists' lengths.
+    A matrix product finds every pair whose z can be positive given how far the product can be off (the
+    bound of `_possible`); their z are then computed in float32 and those above 0 kept. The result is the
+    same, to the bit, whichever product is used. Waits twice for the device, for the lists' lengths.
 
     Parameters
     ----------
