@@ -11,11 +11,11 @@ from PIL import Image
 from test_notebooks import photographs, text_of  # noqa: F401
 from tiny_explorer import HASH, make_parts, sparse_sae, tiny_atlas, tuned
 
-from patchbook.explorer import Explorer, ExplorerConfig, Shown, write_blocks
-from patchbook.explorer.blocks import LIMIT, pack, read_activations, read_block, unpack
-from patchbook.explorer.data import Activations, group_latents, image_values, patch_map, patch_values
-from patchbook.explorer.widget import read_picture
 from patchbook.run import run_notebook
+from patchsae.explorer import Explorer, ExplorerConfig, Shown, write_blocks
+from patchsae.explorer.blocks import LIMIT, pack, read_activations, read_block, unpack
+from patchsae.explorer.data import Activations, group_latents, image_values, patch_map, patch_values
+from patchsae.explorer.widget import read_picture
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.stage import project_root
 from patchsae.training.activations import Tokens, token_columns

@@ -21,7 +21,8 @@ import xarray as xr
 from PIL import Image
 from torch import Tensor
 
-from patchbook.explorer.data import (
+from patchsae.clip.backbone import Backbone
+from patchsae.explorer.data import (
     BATCH,
     Activations,
     ExplorerConfig,
@@ -35,7 +36,6 @@ from patchbook.explorer.data import (
     references,
     statistics,
 )
-from patchsae.clip.backbone import Backbone
 from patchsae.images.sets import ImageSet
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.progress import progress_bar

@@ -15,8 +15,8 @@ import traitlets
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from patchbook.explorer.blocks import Shown, activation_block, picture_block, read_block, read_index
-from patchbook.explorer.data import activations
+from patchsae.explorer.blocks import Shown, activation_block, picture_block, read_block, read_index
+from patchsae.explorer.data import activations
 from patchsae.images.files import resize_and_crop
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.stage import project_root
