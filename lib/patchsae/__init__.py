@@ -16,6 +16,7 @@ _PUBLIC = {
     "load_sae": "patchsae.lens:load_sae",
     "describe": "patchsae.lens:describe",
     "show": "patchsae.lens:show",
+    "explore": "patchsae.lens:explore",
     "Lens": "patchsae.lens:Lens",
     "SAE": "patchsae.sae.model:SAE",
     "SAEConfig": "patchsae.sae.model:SAEConfig",
