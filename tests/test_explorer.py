@@ -99,7 +99,8 @@ def test_one_model_alone_has_one_list_and_its_activations_alone(parts, tmp_path,
         common, alone, adapted = group_latents(found, None, left_out, patch)
         assert {s for s, _ in alone} == top and not common and not adapted
         np.testing.assert_allclose([v for _, v in alone], sorted(np.max(rows, 0)[[*top]])[::-1], rtol=1e-4)
-    assert "models given are not those" in Explorer(folder, parts.sae, HASH, parts.models).index["notices"][0]
+    (notice,) = Explorer(folder, parts.sae, HASH, parts.models).index["notices"]
+    assert "models given are not those" in notice
 
 
 def test_statistics_and_references_are_those_of_the_atlases(parts):

@@ -101,7 +101,7 @@ def open_images(folder: str | Path, clip: Backbone) -> FileImages:
 
 
 def train(
-    clip: Backbone, images: ImageSet, root: str | Path = RESULTS, progress: bool = True, **fields: Any
+    clip: Backbone, images: ImageSet, /, root: str | Path = RESULTS, progress: bool = True, **fields: Any
 ) -> Lens:
     """Train an autoencoder on a set's images, or find it in `root`; return it with its model.
 

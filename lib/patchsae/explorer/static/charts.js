@@ -81,8 +81,10 @@ function drawBars(canvas, { values, groups, chosen, names, colours, width }) {
     if (long > 0) context.fillRect(x(s) - wide / 2, down ? middle : middle - long, wide, long);
   });
   context.fillStyle = colours.text;
-  context.fillText(names.length > 1 ? `↑ ${names[0]}` : names[0], left, 12, right - left);
-  if (names.length > 1) context.fillText(`↓ ${names[1]}`, left, height - 5, right - left);
+  if (names.length > 1) {
+    context.fillText(`↑ ${names[0]}`, left, 12);
+    context.fillText(`↓ ${names[1]}`, left, height - 5, right - left);
+  }
   context.textAlign = "right";
   [[format(peak), -reach], ["0", 0], [format(peak), reach]].slice(0, names.length + 1).forEach(([text, y]) => {
     context.fillStyle = colours.text;
@@ -100,7 +102,7 @@ function drawBars(canvas, { values, groups, chosen, names, colours, width }) {
     context.fillStyle = colours.text;
     context.textAlign = "center";
     context.font = `bold ${FONT}`;
-    const at = Math.max(left + 90, Math.min(x(chosen), right - 34));
+    const at = Math.max(left + (names.length > 1 ? 90 : 34), Math.min(x(chosen), right - 34));
     context.fillText(`latent ${chosen}`, at, 12);
     context.fillRect(x(chosen) - 0.5, 15, 1, 4);
   }

@@ -60,7 +60,10 @@ function render({ model, el }) {
     part(`caption-${name}`, "figcaption"));
   // JupyterLab would move and change its cells by the plain keys pressed here
   const keep = (event) => event.ctrlKey || event.metaKey || event.altKey || event.stopPropagation();
-  const root = element("div", { class: "px", onkeydown: keep },
+  const figures = sides.map((side, i) => map(side, i ? "adapted model" : plain));
+  const described = [part("statistics"), canvas("scatter", "All latents by frequency and mean activation, the chosen one ringed")];
+  if (alone) figures[0].append(note("scale"));
+  const root = element("div", { class: alone ? "px alone" : "px", onkeydown: keep },
     part("notices", "ul"), part("message", "p", { role: "status" }),
     section("1. Pick an image", part("gallery", "div", { role: "group", "aria-label": "Gallery" }), part("own")),
     section(alone ? "2. Click a patch" : "2. Choose the adapted model and click a patch",
@@ -68,16 +71,14 @@ function render({ model, el }) {
       element("div", { class: "pair" }, element("div", {}, image, part("where", "p", { class: "small", "aria-live": "polite" }), whole),
         element("div", { class: "wide" }, bars("image"), bars("patch"), part("legend", "p", { class: "small legend" })))),
     section("3. Choose a latent", note("rule"),
-      element("div", { class: alone ? "lists alone" : "lists" }, ...named.map((g) => element("div", { style: `--bar:var(--px-${g})` },
+      element("div", { class: "lists" }, ...named.map((g) => element("div", { style: `--bar:var(--px-${g})` },
         part(`title-${g}`, "h4"), part(g, "div", { role: "group" }))))),
     element("section", {}, part("heading", "h3"),
       element("p", { class: "px-row" }, element("label", {}, "Latent number ", entry),
         element("label", {}, "Strength of the map ", slider, part("strength", "output"))),
       part("number-message", "p", { role: "alert" }),
-      element("div", { class: "pair" }, ...sides.map((side, i) => map(side, i ? "adapted model" : plain))),
-      note("scale"),
-      element("div", { class: "pair described" }, part("statistics"),
-        canvas("scatter", "All latents by frequency and mean activation, the chosen one ringed"))),
+      ...(alone ? [element("div", { class: "pair described" }, ...figures, ...described)]
+        : [element("div", { class: "pair" }, ...figures), note("scale"), element("div", { class: "pair described" }, ...described)])),
     section("Reference images", note("chosen-by"), element("p", { class: "px-row" },
       element("label", {}, mask, " Mask: yellow where the latent fires, grey where it is silent"), part("loading", "span", { class: "small" })),
       part("references")),
