@@ -72,9 +72,10 @@ def test_a_saved_page_of_one_model_answers_every_control(page, explorer):
 
 def test_bars_of_one_model_choose_a_latent(page):
     first = listed(page)[0][0]
-    box = part(page, "bars-image").bounding_box()
-    for x in range(60, int(box["width"]) - 4, 5):
-        part(page, "bars-image").click(position={"x": x, "y": 70})
+    page.evaluate("""() => { const c = document.querySelector('[data-part="bars-image"]');
+      const { x, y } = c.getBoundingClientRect();
+      for (let at = 60; at < c.clientWidth - 4; at += 5)
+        c.dispatchEvent(new MouseEvent('click', {clientX: x + at, clientY: y + 70, bubbles: true})); }""")
     assert drawn(page)["latent"] != first
 
 

@@ -37,7 +37,7 @@ from patchsae.sae.model import SAE
 STATIC = Path(__file__).parent / "static"
 SOURCE = "\n".join(  # one module, for neither anywidget nor a page from disk could load a second
     (STATIC / name).read_text(encoding="utf-8")
-    for name in ("numbers.js", "charts.js", "elements.js", "explorer.js")
+    for name in ("numbers.js", "charts.js", "elements.js", "latents.js", "explorer.js")
 )
 MEGAPIXELS = 100  # a larger image is refused before it is decoded; any other is resized as CLIP's own are
 PAGES = (".html", ".htm")
@@ -147,6 +147,7 @@ class Explorer(anywidget.AnyWidget):
         index = {key: value for key, value in self.index.items() if key not in of_kernel}
         index |= {"live": False, "own": []}
         blocks = f'data-base="{escape(base)}"' if base else f'data-blocks="{escape(self._place())}"'
+        needs = "needs JavaScript" if base else "runs in the rendered book, or live in JupyterLab"
         parts = {
             "index": _script(index),
             "source": _script(SOURCE),
@@ -156,7 +157,7 @@ class Explorer(anywidget.AnyWidget):
         return (
             f"<style>{parts['style']}</style>\n"
             f'<div class="patchsae-explorer" {blocks}>'
-            f"<p>The explorer runs in the rendered book, or live in JupyterLab.</p></div>\n"
+            f"<p>The explorer {needs}.</p></div>\n"
             f"<script>{parts['start']}({parts['index']}, {parts['source']});</script>"
         )
 

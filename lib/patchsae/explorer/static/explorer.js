@@ -12,6 +12,7 @@ function render({ model, el }) {
   // wish: what was chosen last. state: what is drawn, of which `shown` holds the data; it follows when all is loaded.
   const wish = { image: 0, patch: null, adapted: alone ? 0 : 1, latent: null, opacity: 0.9, mask: true };
   let state = { ...wish }, shown = null, turn = 0, relist = false, drawnAt = 0;
+  const referenceLines = references(index, load);
   const at = (name) => root.querySelector(`[data-part="${name}"]`);
   const part = (name, tag = "div", attributes = {}) => element(tag, { "data-part": name, ...attributes });
   const note = (name, ...text) => {
@@ -93,14 +94,7 @@ function render({ model, el }) {
     "that weak patches show. Masks of reference images alone are stored rounded, to 1/255 of the strongest patch of their row.";
   at("chosen-by").textContent =
     `The images of each data set that activate the latent most under ${plain}, with label and image-level activation.`;
-  at("rule").textContent = (alone
-    ? `The ${index.config.top} strongest latents of the whole image and, if a patch is chosen, the ${index.config.top} of ` +
-      "the patch. The number is the larger of the two activations, by which the list is sorted. "
-    : `Each model names its ${index.config.top} strongest latents of the whole image and, if a patch is chosen, of ` +
-      "the patch. A latent is common if both models name it; otherwise it belongs to the one that does. The number is " +
-      "the largest of these activations, by which a list is sorted. ") + (index.general
-      ? `Latents active above ${Number(index.tau.toPrecision(3))} on more than ${index.config.frequent * 100} % of the ` +
-        `images of ${index.general} are left out, here and in the bars.` : "There are no statistics, so none is left out as too frequent.");
+  at("rule").textContent = ruleOfLists(index, alone);
   named.forEach((g) => roving(at(g)));
   roving(at("gallery"));
 
@@ -277,16 +271,7 @@ function render({ model, el }) {
   function drawStatistics() {
     const l = shown.latents, s = state.latent, tau = index.tau && Number(index.tau.toPrecision(3));
     if (!l.frequency || s === null) return at("statistics").replaceChildren("There are no statistics of this latent.");
-    const lines = [
-      ["frequency", "f", "activated frequency, share of images"],
-      ["frequency_tau", `f (${tau})`, `share of images with a token above ${tau}`],
-      ["mean_activation", "a", "mean activation over active images"],
-      ["entropy", "e", "label entropy, nat"], ["label_std", "σ", "standard deviation of the label"],
-    ];
-    const table = element("table", {}, element("caption", {}, ground),
-      ...lines.map(([key, symbol, text]) => element("tr", {},
-        element("th", { scope: "row" }, symbol), element("th", {}, text), element("td", {}, format(l[key][s])))));
-    const children = [table];
+    const children = [statisticsTable(l, s, tau, ground)];
     if (l.left_out[s]) children.push(element("p", { class: "small" }, `Left out of the lists: f (${tau}) is above ${index.config.frequent}.`));
     at("statistics").replaceChildren(...children);
   }
@@ -303,7 +288,7 @@ function render({ model, el }) {
   }
 
   async function drawReferences(mine) {
-    const s = state.latent, k = index.config.references;
+    const s = state.latent;
     let key = `${s} ${state.mask}`;
     if (s === null) {
       delete at("references").dataset.key;
@@ -314,7 +299,7 @@ function render({ model, el }) {
     at("loading").textContent = "loading …";
     let lines;
     try {
-      lines = await referenceLines(s, k);
+      lines = await referenceLines(s, shown.names, state.mask);
     } catch (error) { // the former latent's would stand under this one's heading
       lines = [element("p", { class: "wrong", role: "alert" }, error.message)];
       key = "";
@@ -323,35 +308,6 @@ function render({ model, el }) {
     at("loading").textContent = "";
     at("references").replaceChildren(...lines);
     at("references").dataset.key = key;
-  }
-
-  async function referenceLines(s, k) {
-    const block = await load(`refs-${Math.floor(s / index.chunk)}`, (b) => b.sets.map(unpackAll));
-    return Promise.all(index.sets.map(async (set, d) => {
-      const refs = block[d], first = (s % index.chunk) * k, places = [...Array(k).keys()].map((r) => first + r);
-      const items = await Promise.all(places.filter((p) => refs.cell[p] > 0).map(async (p) => {
-        const cell = refs.cell[p] - 1, page = Math.floor(cell / index.cells);
-        const sheet = await load(`sheet-${d}-${page}`, (b) => picture(b.sheet));
-        return reference(refs, p, cell % index.cells, sheet, shown.names[d][refs.label[p]]);
-      }));
-      const none = items.length ? [] : [element("p", { class: "small" }, "It is active on none of them.")];
-      return element("div", { class: "references" },
-        element("div", {}, element("h4", {}, set.title), element("p", { class: "small" }, `${count(set.images)} images`)),
-        element("div", { class: "cells", style: `--columns:${Math.min(k, 4)};--side:${index.config.thumbnail}px` }, ...items, ...none));
-    }));
-  }
-
-  function reference(refs, p, cell, sheet, label) {
-    const side = index.config.thumbnail, drawn = element("canvas", { role: "img", "aria-label": label });
-    const context = sized(drawn, side, side);
-    context.drawImage(sheet, (cell % index.columns) * side, Math.floor(cell / index.columns) * side, side, side, 0, 0, side, side);
-    if (state.mask) {
-      const weights = new Float32Array(patches);
-      for (let e = refs.start[p]; e < refs.start[p + 1]; e++) weights[refs.patch[e]] = refs.weight[e] / 255;
-      overlay(context, weights, index.grid, side, 0.9);
-    }
-    return element("figure", { "data-value": refs.value[p], "data-label": label }, drawn,
-      element("figcaption", {}, `${label} `, element("b", {}, format(refs.value[p]))));
   }
 
   /** Add an image to its set's group; `sheet` is as many pictures wide and high, and it shows the one at `place`. */

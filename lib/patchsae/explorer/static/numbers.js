@@ -1,5 +1,5 @@
 // What is shown, as numbers: blocks are asked for and decoded here, and latents are grouped. Followed, in one
-// module, by charts.js and explorer.js.
+// module, by charts.js, elements.js, latents.js and explorer.js.
 
 const TYPES = { u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, f4: Float32Array };
 const GROUPS = ["common", "clip", "adapted"];
