@@ -11,11 +11,11 @@ from PIL import Image
 from test_notebooks import photographs, text_of  # noqa: F401
 from tiny_explorer import HASH, make_parts, sparse_sae, tiny_atlas, tuned
 
-from patchbook.explorer import Explorer, ExplorerConfig, Shown, write_blocks
-from patchbook.explorer.blocks import LIMIT, pack, read_activations, read_block, unpack
-from patchbook.explorer.data import Activations, group_latents, image_values, patch_map, patch_values
-from patchbook.explorer.widget import read_picture
 from patchbook.run import run_notebook
+from patchsae.explorer import Explorer, ExplorerConfig, Shown, write_blocks
+from patchsae.explorer.blocks import LIMIT, pack, read_activations, read_block, unpack
+from patchsae.explorer.data import Activations, group_latents, image_values, patch_map, patch_values
+from patchsae.explorer.widget import read_picture
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.stage import project_root
 from patchsae.training.activations import Tokens, token_columns
@@ -79,6 +79,28 @@ def test_groups_follow_the_stated_rule(parts, patch):
             np.testing.assert_allclose([v for _, v in group], [value[s] for s, _ in group], rtol=1e-4)
         exclusive += len(groups.only_clip) + len(groups.only_adapted)
     assert exclusive
+
+
+@pytest.mark.parametrize("patch", [None, 24])
+def test_one_model_alone_has_one_list_and_its_activations_alone(parts, tmp_path, patch):
+    one, gallery = parts.models[:1], [("General", parts.gallery.subset([0, 1]))]
+    folder = write_blocks(parts.sae, HASH, one, gallery, parts.sets, tmp_path, progress=False)
+    assert {path.stem for path in folder.glob("acts-*.js")} == {"acts-0-0", "acts-1-0"}
+    explorer = Explorer(folder, parts.sae, HASH, one)
+    assert explorer.index["models"] == ["CLIP"] and explorer.index["live"] and not explorer.index["notices"]
+    left_out = parts.sets[0].atlas.frequency_tau.values > 0.5
+    for image in range(2):
+        found = read_activations(folder, image, 0)
+        for field, value in found._asdict().items():
+            np.testing.assert_allclose(value, getattr(stored(parts, image, 0), field), rtol=1e-5)
+        f = np.where(left_out, 0, directly(parts, image, 0))
+        rows = [f.mean(0)] + ([] if patch is None else [f[1 + patch]])
+        top = {s for row in rows for s in np.argsort(-row)[:5].tolist() if row[s] > 0}
+        common, alone, adapted = group_latents(found, None, left_out, patch)
+        assert {s for s, _ in alone} == top and not common and not adapted
+        np.testing.assert_allclose([v for _, v in alone], sorted(np.max(rows, 0)[[*top]])[::-1], rtol=1e-4)
+    (notice,) = Explorer(folder, parts.sae, HASH, parts.models).index["notices"]
+    assert "models given are not those" in notice
 
 
 def test_statistics_and_references_are_those_of_the_atlases(parts):
@@ -257,8 +279,8 @@ def test_what_cannot_be_shown_is_refused(parts, tmp_path):
         return write_blocks(parts.sae, HASH, models, gallery, parts.sets, tmp_path, progress=False)
 
     gallery = [("General", parts.gallery)]
-    with pytest.raises(PatchSAEError, match="CLIP first"):
-        write(parts.models[:1], gallery)
+    with pytest.raises(PatchSAEError, match="no model; give one, or CLIP first"):
+        write([], gallery)
     with pytest.raises(PatchSAEError, match="no image"):
         write(parts.models, [])
     other = Shown("cut elsewhere", parts.models[1].backbone.at_block(2))

@@ -10,9 +10,9 @@ from PIL import Image
 from test_explorer import stored
 from tiny_explorer import make_parts
 
-from patchbook.explorer import Explorer
-from patchbook.explorer.blocks import picture_block
-from patchbook.explorer.data import group_latents, image_values, patch_map
+from patchsae.explorer import Explorer
+from patchsae.explorer.blocks import picture_block
+from patchsae.explorer.data import group_latents, image_values, patch_map
 
 PIXELS = """name => { const c = document.querySelector(`[data-part="${name}"]`);
   return c.width + ' ' + c.toDataURL(); }"""

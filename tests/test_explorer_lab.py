@@ -18,7 +18,7 @@ from test_explorer import stored
 from test_explorer_browser import REFERENCES, click_patch, drawn, lists, part, pixels
 from tiny_explorer import make_parts
 
-from patchbook.explorer.data import group_latents
+from patchsae.explorer.data import group_latents
 
 CODE = """import sys
 sys.path.insert(0, {tests!r})

@@ -55,6 +55,34 @@ def test_the_example_of_the_readme_on_a_flat_folder(clip, photos, lens, tmp_path
     np.testing.assert_array_equal(again.atlas.top_index, found.atlas.top_index)
 
 
+def test_ten_pictures_become_a_page(clip, photos, lens, tmp_path):
+    pictures = ps.open_images(photos, clip)
+    explorer = ps.explore(lens, pictures, tmp_path, gallery=4, progress=False)
+    page = explorer.save(tmp_path / "explorer.html")
+    assert page == tmp_path / "explorer.html" and page.read_text("utf-8").startswith("<!doctype html>")
+    blocks = tmp_path / "explorer_files" / explorer.index["folder"]
+    assert {file.name for file in blocks.iterdir()} == {file.name for file in explorer.folder.glob("*.js")}
+    assert explorer.index["models"] == ["tiny"] and explorer.index["live"]
+    assert [one["title"] for one in explorer.index["gallery"]] == ["holiday"] * 4
+    assert explorer.index["sets"] == [{"title": "holiday", "images": 10, "shown": 10}]
+    for number, index in enumerate((0, 3, 6, 9)):  # at even steps, from the first to the last
+        own = explorer.add(photos / f"photo {index:02d}.png")
+        found, shown = (explorer.block(f"acts-{n}-0") for n in (own, number))
+        assert found["latent"] == shown["latent"]
+    few = ps.explore(lens, pictures.subset([1, 4]), tmp_path, progress=False)
+    assert len(few.index["gallery"]) == 2  # fewer than were asked for
+    for wrong in (0, 2.5, True):
+        with pytest.raises(ps.PatchSAEError, match="gallery=.* must be a whole number above 0"):
+            ps.explore(lens, pictures, tmp_path, gallery=wrong)
+
+
+def test_more_images_can_be_seen_than_there_are(clip, photos, tmp_path):
+    pictures, options = ps.open_images(photos, clip), {"expansion": 2, "token_batch": 64, "progress": False}
+    with pytest.warns(UserWarning, match=r"hardly anything was learned.*images=200"):
+        once = ps.train(clip, pictures, tmp_path, images=20, **options)
+    assert once.sae.d_sae == 64
+
+
 def test_folders_are_classes_and_a_mixture_is_refused(clip, tmp_path):
     for name in ("cats", "dogs_of_town"):
         draw(tmp_path / "all" / name, 2)

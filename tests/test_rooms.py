@@ -9,7 +9,7 @@ from patchsae.runs.stage import project_root
 
 LIB = project_root() / "lib"
 # each room imports only from those before it
-ROOMS = ("runs", "images", "clip", "sae", "training", "latents", "masking", "adaptation")
+ROOMS = ("runs", "images", "clip", "sae", "training", "latents", "masking", "adaptation", "explorer")
 LONGEST = 400
 FILES = sorted(file for top in ("patchsae", "patchbook") for file in (LIB / top).rglob("*.py"))
 

@@ -25,9 +25,9 @@ from tiny import CONFIG, tiny_backbone, tiny_images
 from tiny_explorer import make_parts, tuned
 
 from patchbook.chapters import ablation
-from patchbook.explorer import blocks
 from patchsae.adaptation import prompt_training, remapping
 from patchsae.clip.backbone import zero_shot_weights
+from patchsae.explorer import blocks
 from patchsae.latents import atlas
 from patchsae.masking import sweep as masking
 from patchsae.runs.stage import write_json

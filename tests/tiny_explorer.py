@@ -7,10 +7,10 @@ import torch
 import xarray as xr
 from tiny import tiny_backbone, tiny_images
 
-from patchbook.explorer import Explorer, ReferenceSet, Shown, write_blocks
 from patchbook.scenes.embedded import SINGLE, SceneSet
 from patchsae.adaptation.prompts import PromptConfig, adapt
 from patchsae.clip.backbone import Backbone
+from patchsae.explorer import Explorer, ReferenceSet, Shown, write_blocks
 from patchsae.images.sets import ImageSet
 from patchsae.latents.atlas import AtlasConfig, make_atlas
 from patchsae.sae.model import SAE, SAEConfig

@@ -1,1 +1,1 @@
-"""The book: its images, scales, chapters, figures, explorer and report, all made with `patchsae`."""
+"""The book: its images, scales, chapters, figures and report, all made with `patchsae`."""

@@ -1,7 +1,8 @@
 """Sparse autoencoders on every patch of CLIP: the engine behind the book.
 
 The names below are the short way; the rooms (`runs`, `images`, `clip`, `sae`, `training`, `latents`,
-`masking`, `adaptation`) have the rest. They are looked up when first used: importing this loads no torch.
+`masking`, `adaptation`, `explorer`) have the rest. They are looked up when first used: importing this loads
+no torch.
 """
 
 from importlib import import_module
@@ -15,6 +16,7 @@ _PUBLIC = {
     "load_sae": "patchsae.lens:load_sae",
     "describe": "patchsae.lens:describe",
     "show": "patchsae.lens:show",
+    "explore": "patchsae.lens:explore",
     "Lens": "patchsae.lens:Lens",
     "SAE": "patchsae.sae.model:SAE",
     "SAEConfig": "patchsae.sae.model:SAEConfig",

@@ -6,6 +6,7 @@
     lens = ps.train(clip, photos, expansion=16)
     found = ps.describe(lens, photos)
     ps.show(found, latent=412)
+    ps.explore(lens, photos).save("explorer.html")
 
 Everything here is a short way to a room, which does the work and has more options.
 """
@@ -35,6 +36,8 @@ from patchsae.training.trainer import TrainConfig, train_sae
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from patchsae.explorer import Explorer
 
 RESULTS = "results"
 HUB = "hf:"
@@ -98,7 +101,7 @@ def open_images(folder: str | Path, clip: Backbone) -> FileImages:
 
 
 def train(
-    clip: Backbone, images: ImageSet, root: str | Path = RESULTS, progress: bool = True, **fields: Any
+    clip: Backbone, images: ImageSet, /, root: str | Path = RESULTS, progress: bool = True, **fields: Any
 ) -> Lens:
     """Train an autoencoder on a set's images, or find it in `root`; return it with its model.
 
@@ -220,3 +223,29 @@ def show(found: Found, latent: int, images: int = 5) -> Figure:
     share = float(one.frequency)
     figure.suptitle(f"latent {latent} of {lens.name}: fires on {share:.1%} of images", fontsize=10)
     return figure
+
+
+def explore(
+    lens: Lens, images: ImageSet, root: str | Path = RESULTS, gallery: int = 12, progress: bool = True
+) -> Explorer:
+    """Open the explorer on a set: which latents fire where on its pictures, and what else they fire on.
+
+    It is live in JupyterLab, where it also takes other pictures; `Explorer.save` writes it as a page. What
+    `root` holds is read.
+
+    gallery : pictures to choose from, taken at even steps through the set (all, if there are fewer)
+
+    Raises
+    ------
+    PatchSAEError : gallery is not a number above 0; as `describe` and `write_blocks`.
+    """
+    from patchsae.explorer import Explorer, ReferenceSet, Shown, write_blocks
+
+    if isinstance(gallery, bool) or not isinstance(gallery, int | np.integer) or gallery < 1:
+        raise PatchSAEError(f"gallery={gallery!r} must be a whole number above 0.")
+    found = describe(lens, images, root, progress)
+    steps = np.linspace(0, len(images) - 1, min(gallery, len(images))).round().astype(int)
+    models, title = [Shown(lens.clip.name, lens.clip)], images.name
+    sets, shown = [ReferenceSet(title, found.atlas, images)], [(title, images.subset(steps))]
+    folder = write_blocks(lens.sae, lens.name, models, shown, sets, root, progress=progress)
+    return Explorer(folder, lens.sae, lens.name, models)

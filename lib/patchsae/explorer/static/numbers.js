@@ -1,5 +1,5 @@
 // What is shown, as numbers: blocks are asked for and decoded here, and latents are grouped. Followed, in one
-// module, by charts.js and explorer.js.
+// module, by charts.js, elements.js, latents.js and explorer.js.
 
 const TYPES = { u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, f4: Float32Array };
 const GROUPS = ["common", "clip", "adapted"];
@@ -73,13 +73,13 @@ function strongest(values, leftOut, top) {
   return active.sort((a, b) => values[b] - values[a] || a - b).slice(0, top);
 }
 
-/** The three lists; the rule is that of `group_latents` in data.py. */
+/** The three lists, of which one model alone fills `clip`; the rule is that of `group_latents` in data.py. */
 export function groupLatents(values, leftOut, top) {
   const chosen = values.map((level) => new Set(level.flatMap((v) => strongest(v, leftOut, top))));
   const largest = (s, sides) => Math.max(...sides.flatMap((side) => values[side].map((v) => v[s])));
   const ordered = (latents, sides) =>
     latents.map((s) => [s, largest(s, sides)]).sort((a, b) => b[1] - a[1] || a[0] - b[0]);
-  const [first, second] = chosen;
+  const [first, second = new Set()] = chosen;
   return {
     common: ordered([...first].filter((s) => second.has(s)), [0, 1]),
     clip: ordered([...first].filter((s) => !second.has(s)), [0]),

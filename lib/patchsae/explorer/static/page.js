@@ -2,6 +2,7 @@
 (function (index, source) {
   const root = document.currentScript.previousElementSibling;
   const content = document.documentElement.dataset.content_root; // Sphinx says where the pages' root is
+  const remedy = root.dataset.base ? "save it again, or bring the folder that was saved with it" : "build the book again";
   const base = root.dataset.base || (content === undefined ? "" : content + "_static/explorer/");
   const listeners = new Set();
   const tell = (message) => listeners.forEach((listener) => listener(message));
@@ -19,7 +20,7 @@
     send({ want }) {
       const script = document.createElement("script");
       script.src = `${base}${index.folder}/${want}.js`;
-      const fail = (what) => tell({ block: want, failed: `The data of this page ${what} (${script.src}): build the book again.` });
+      const fail = (what) => tell({ block: want, failed: `The data of this page ${what} (${script.src}): ${remedy}.` });
       script.onload = () => (script.remove(), fail("is damaged")); // who has received the block no longer listens
       script.onerror = () => fail("is not beside it");
       document.head.append(script);

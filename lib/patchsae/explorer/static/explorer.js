@@ -4,10 +4,15 @@
 
 function render({ model, el }) {
   const index = model.get("index"), [rows, columns] = index.grid, patches = rows * columns;
-  const load = blocks(model), gallery = [...index.gallery], ground = index.general ? `On ${index.general}, under CLIP` : "";
+  const load = blocks(model), gallery = [...index.gallery];
+  // one model alone has one row of bars, one list and one map, and is called by its title
+  const alone = index.models.length === 1, plain = alone ? index.models[0] : "CLIP";
+  const sides = alone ? ["clip"] : ["clip", "adapted"], named = alone ? sides : GROUPS;
+  const ground = index.general ? `On ${index.general}, under ${plain}` : "";
   // wish: what was chosen last. state: what is drawn, of which `shown` holds the data; it follows when all is loaded.
-  const wish = { image: 0, patch: null, adapted: 1, latent: null, opacity: 0.9, mask: true };
+  const wish = { image: 0, patch: null, adapted: alone ? 0 : 1, latent: null, opacity: 0.9, mask: true };
   let state = { ...wish }, shown = null, turn = 0, relist = false, drawnAt = 0;
+  const referenceLines = references(index, load);
   const at = (name) => root.querySelector(`[data-part="${name}"]`);
   const part = (name, tag = "div", attributes = {}) => element(tag, { "data-part": name, ...attributes });
   const note = (name, ...text) => {
@@ -50,28 +55,31 @@ function render({ model, el }) {
     type: "button", "data-part": "whole", onclick: () => (image.focus({ preventScroll: true }), change({ patch: null }, true)),
   }, "Take the patch back");
   const bars = (level) => element("figure", {}, part(`title-${level}`, "figcaption"),
-    canvas(`bars-${level}`, `Activations of the ${level}, CLIP upwards, adapted model downwards; the lists below name the strongest`));
+    canvas(`bars-${level}`, `Activations of the ${level}, ${alone
+      ? "the list below names" : "CLIP upwards, adapted model downwards; the lists below name"} the strongest`));
   const map = (name, label) => element("figure", {}, canvas(`map-${name}`, `Where the latent fires, ${label}`),
     part(`caption-${name}`, "figcaption"));
   // JupyterLab would move and change its cells by the plain keys pressed here
   const keep = (event) => event.ctrlKey || event.metaKey || event.altKey || event.stopPropagation();
-  const root = element("div", { class: "px", onkeydown: keep },
+  const figures = sides.map((side, i) => map(side, i ? "adapted model" : plain));
+  const described = [part("statistics"), canvas("scatter", "All latents by frequency and mean activation, the chosen one ringed")];
+  if (alone) figures[0].append(note("scale"));
+  const root = element("div", { class: alone ? "px alone" : "px", onkeydown: keep },
     part("notices", "ul"), part("message", "p", { role: "status" }),
     section("1. Pick an image", part("gallery", "div", { role: "group", "aria-label": "Gallery" }), part("own")),
-    section("2. Choose the adapted model and click a patch",
-      element("p", {}, element("label", {}, "Compare CLIP with ", select)),
+    section(alone ? "2. Click a patch" : "2. Choose the adapted model and click a patch",
+      ...(alone ? [] : [element("p", {}, element("label", {}, "Compare CLIP with ", select))]),
       element("div", { class: "pair" }, element("div", {}, image, part("where", "p", { class: "small", "aria-live": "polite" }), whole),
         element("div", { class: "wide" }, bars("image"), bars("patch"), part("legend", "p", { class: "small legend" })))),
     section("3. Choose a latent", note("rule"),
-      element("div", { class: "lists" }, ...GROUPS.map((g) => element("div", { style: `--bar:var(--px-${g})` },
+      element("div", { class: "lists" }, ...named.map((g) => element("div", { style: `--bar:var(--px-${g})` },
         part(`title-${g}`, "h4"), part(g, "div", { role: "group" }))))),
     element("section", {}, part("heading", "h3"),
       element("p", { class: "px-row" }, element("label", {}, "Latent number ", entry),
         element("label", {}, "Strength of the map ", slider, part("strength", "output"))),
       part("number-message", "p", { role: "alert" }),
-      element("div", { class: "pair" }, map("clip", "CLIP"), map("adapted", "adapted model")), note("scale"),
-      element("div", { class: "pair described" }, part("statistics"),
-        canvas("scatter", "All latents by frequency and mean activation, the chosen one ringed"))),
+      ...(alone ? [element("div", { class: "pair described" }, ...figures, ...described)]
+        : [element("div", { class: "pair" }, ...figures), note("scale"), element("div", { class: "pair described" }, ...described)])),
     section("Reference images", note("chosen-by"), element("p", { class: "px-row" },
       element("label", {}, mask, " Mask: yellow where the latent fires, grey where it is silent"), part("loading", "span", { class: "small" })),
       part("references")),
@@ -85,14 +93,9 @@ function render({ model, el }) {
     "digits. In maps and masks the strength of the yellow is the square root of an activation's share of the largest, so " +
     "that weak patches show. Masks of reference images alone are stored rounded, to 1/255 of the strongest patch of their row.";
   at("chosen-by").textContent =
-    "The images of each data set that activate the latent most under CLIP, with label and image-level activation.";
-  at("rule").textContent =
-    `Each model names its ${index.config.top} strongest latents of the whole image and, if a patch is chosen, of ` +
-    "the patch. A latent is common if both models name it; otherwise it belongs to the one that does. The number is " +
-    "the largest of these activations, by which a list is sorted. " + (index.general
-      ? `Latents active above ${Number(index.tau.toPrecision(3))} on more than ${index.config.frequent * 100} % of the ` +
-        `images of ${index.general} are left out, here and in the bars.` : "There are no statistics, so none is left out as too frequent.");
-  GROUPS.forEach((g) => roving(at(g)));
+    `The images of each data set that activate the latent most under ${plain}, with label and image-level activation.`;
+  at("rule").textContent = ruleOfLists(index, alone);
+  named.forEach((g) => roving(at(g)));
   roving(at("gallery"));
 
   /** Draw what is wished for; `anew` if the lists may change, and with them the chosen latent. */
@@ -139,8 +142,8 @@ function render({ model, el }) {
     let loaded;
     try {
       loaded = await Promise.all([
-        load(`image-${number}`, (b) => picture(b.picture)),
-        activations(0), activations(adapted), load("latents", unpackAll), load("names", (b) => b.sets),
+        load(`image-${number}`, (b) => picture(b.picture)), load("latents", unpackAll), load("names", (b) => b.sets),
+        activations(0), ...(alone ? [] : [activations(adapted)]),
       ]);
     } catch (error) {
       if (mine !== turn) return;
@@ -148,9 +151,9 @@ function render({ model, el }) {
       return say(error.message, true);
     }
     if (mine !== turn) return; // something newer is under way
-    const [seen, clip, tuned, latents, names] = loaded;
+    const [seen, latents, names, ...found] = loaded;
     if (!shown) say("");
-    shown = { seen, found: [clip, tuned], latents, names };
+    shown = { seen, found, latents, names };
     shown.values = shown.found.map((found) => {
       const level = [levels(found, null, index.latents)];
       return wish.patch === null ? level : [...level, levels(found, wish.patch, index.latents)];
@@ -172,17 +175,18 @@ function render({ model, el }) {
     drawImage(wide >= 860 ? 336 : roomy ? 280 : Math.max(160, Math.min(336, wide)));
     ["image", "patch"].forEach((level, i) => showBars(level, i));
     drawLegend();
-    GROUPS.forEach(drawList);
+    named.forEach(drawList);
     at("heading").textContent = state.latent === null ? "No latent is active" : `Latent ${state.latent}`;
     entry.value = state.latent ?? "";
     at("strength").textContent = `${Math.round(100 * state.opacity)} %`;
-    const half = Math.max(120, Math.min(280, (wide - 12) / 2));
+    const half = Math.max(120, Math.min(280, alone ? wide : (wide - 12) / 2));
     const maps = shown.found.map((found) => patchMap(found, state.latent, patches));
-    const peak = Math.max(...maps[0], ...maps[1]); // one for both, so that strengths compare
-    maps.forEach((map, i) => drawMap(["clip", "adapted"][i], map, peak, half, i));
+    const peak = Math.max(...maps.flatMap((map) => [...map])); // one for both, so that strengths compare
+    maps.forEach((map, i) => drawMap(sides[i], map, peak, half, i));
     at("scale").textContent = peak > 0
-      ? `Yellow where the latent fires, grey where it is silent; in both pictures full yellow is an activation of ${format(peak)}.`
-      : "The latent fires on no patch of this image under either model.";
+      ? `Yellow where the latent fires, grey where it is silent; ${alone ? "" : "in both pictures "}full yellow is an ` +
+        `activation of ${format(peak)}.`
+      : `The latent fires on no patch of this image${alone ? "" : " under either model"}.`;
     drawStatistics();
     showScatter(Math.min(420, roomy ? wide - 252 : wide));
   }
@@ -198,10 +202,10 @@ function render({ model, el }) {
     context.drawImage(shown.seen, 0, 0, side, side);
     image.parentElement.style.width = `${side}px`; // however long the text below it
     whole.disabled = state.patch === null;
-    const named = `${title} (${set}).`, row = Math.floor(state.patch / columns), column = state.patch % columns;
-    if (state.patch === null) return (at("where").textContent = `${named} No patch is chosen: click one.`);
+    const called = `${title} (${set}).`, row = Math.floor(state.patch / columns), column = state.patch % columns;
+    if (state.patch === null) return (at("where").textContent = `${called} No patch is chosen: click one.`);
     framePatch(context, state.patch, index.grid, side);
-    at("where").textContent = `${named} Patch: row ${row + 1}, column ${column + 1}.`;
+    at("where").textContent = `${called} Patch: row ${row + 1}, column ${column + 1}.`;
   }
 
   const colours = () => {
@@ -215,15 +219,16 @@ function render({ model, el }) {
     target.onclick = null;
     if (!values[0]) {
       at(`title-${level}`).textContent = "Patch: none is chosen";
-      const context = sized(target, width, 156);
+      const context = sized(target, width, barsHeight(index.models.length));
       context.fillStyle = colours().text;
-      return context.fillText("Click the image to see one patch's activations.", 36, 82, width - 40);
+      return context.fillText("Click the image to see one patch's activations.", 36, alone ? 53 : 82, width - 40);
     }
     at(`title-${level}`).textContent = (level === "image" ? "Whole image (mean)" : "Patch") +
       `, latents 0 to ${count(index.latents - 1)}`;
     const listed = values.map((v) => v.map((x, s) => (shown.latents.left_out[s] ? 0 : x)));
     const nearest = drawBars(target, {
-      values: listed, groups: shown.groups, chosen: state.latent, names: ["CLIP", adaptedName()], colours: colours(), width,
+      values: listed, groups: shown.groups, chosen: state.latent, names: alone ? [plain] : [plain, adaptedName()],
+      colours: colours(), width,
     });
     target.onclick = (event) => {
       const near = nearest(event.offsetX);
@@ -231,11 +236,12 @@ function render({ model, el }) {
     };
   }
 
-  const groupName = (g) => ({ common: "Common", clip: "Only CLIP", adapted: `Only ${adaptedName()}` })[g];
+  const groupName = (g) => alone ? "Strongest latents"
+    : ({ common: "Common", clip: "Only CLIP", adapted: `Only ${adaptedName()}` })[g];
 
   function drawLegend() {
     const key = (g, text) => element("span", { style: `--bar:var(--px-${g})` }, text);
-    at("legend").replaceChildren(...GROUPS.map((g) => key(g, groupName(g))), key("muted", "on no list"));
+    at("legend").replaceChildren(...named.map((g) => key(g, groupName(g))), key("muted", alone ? "not listed" : "on no list"));
   }
 
   function drawList(group) {
@@ -259,22 +265,13 @@ function render({ model, el }) {
     if (state.latent !== null) overlay(context, map.map((v) => v / (peak || 1)), index.grid, side, state.opacity);
     if (state.patch !== null) framePatch(context, state.patch, index.grid, side);
     const texts = shown.values[i].map((v, k) => `${k ? "patch" : "image"} ${format(v[state.latent])}`);
-    at(`caption-${name}`).textContent = `${i ? adaptedName() : "CLIP"}: ${texts.join(", ")}`;
+    at(`caption-${name}`).textContent = `${i ? adaptedName() : plain}: ${texts.join(", ")}`;
   }
 
   function drawStatistics() {
     const l = shown.latents, s = state.latent, tau = index.tau && Number(index.tau.toPrecision(3));
     if (!l.frequency || s === null) return at("statistics").replaceChildren("There are no statistics of this latent.");
-    const lines = [
-      ["frequency", "f", "activated frequency, share of images"],
-      ["frequency_tau", `f (${tau})`, `share of images with a token above ${tau}`],
-      ["mean_activation", "a", "mean activation over active images"],
-      ["entropy", "e", "label entropy, nat"], ["label_std", "σ", "standard deviation of the label"],
-    ];
-    const table = element("table", {}, element("caption", {}, ground),
-      ...lines.map(([key, symbol, text]) => element("tr", {},
-        element("th", { scope: "row" }, symbol), element("th", {}, text), element("td", {}, format(l[key][s])))));
-    const children = [table];
+    const children = [statisticsTable(l, s, tau, ground)];
     if (l.left_out[s]) children.push(element("p", { class: "small" }, `Left out of the lists: f (${tau}) is above ${index.config.frequent}.`));
     at("statistics").replaceChildren(...children);
   }
@@ -291,7 +288,7 @@ function render({ model, el }) {
   }
 
   async function drawReferences(mine) {
-    const s = state.latent, k = index.config.references;
+    const s = state.latent;
     let key = `${s} ${state.mask}`;
     if (s === null) {
       delete at("references").dataset.key;
@@ -302,7 +299,7 @@ function render({ model, el }) {
     at("loading").textContent = "loading …";
     let lines;
     try {
-      lines = await referenceLines(s, k);
+      lines = await referenceLines(s, shown.names, state.mask);
     } catch (error) { // the former latent's would stand under this one's heading
       lines = [element("p", { class: "wrong", role: "alert" }, error.message)];
       key = "";
@@ -311,35 +308,6 @@ function render({ model, el }) {
     at("loading").textContent = "";
     at("references").replaceChildren(...lines);
     at("references").dataset.key = key;
-  }
-
-  async function referenceLines(s, k) {
-    const block = await load(`refs-${Math.floor(s / index.chunk)}`, (b) => b.sets.map(unpackAll));
-    return Promise.all(index.sets.map(async (set, d) => {
-      const refs = block[d], first = (s % index.chunk) * k, places = [...Array(k).keys()].map((r) => first + r);
-      const items = await Promise.all(places.filter((p) => refs.cell[p] > 0).map(async (p) => {
-        const cell = refs.cell[p] - 1, page = Math.floor(cell / index.cells);
-        const sheet = await load(`sheet-${d}-${page}`, (b) => picture(b.sheet));
-        return reference(refs, p, cell % index.cells, sheet, shown.names[d][refs.label[p]]);
-      }));
-      const none = items.length ? [] : [element("p", { class: "small" }, "It is active on none of them.")];
-      return element("div", { class: "references" },
-        element("div", {}, element("h4", {}, set.title), element("p", { class: "small" }, `${count(set.images)} images`)),
-        element("div", { class: "cells", style: `--columns:${Math.min(k, 4)};--side:${index.config.thumbnail}px` }, ...items, ...none));
-    }));
-  }
-
-  function reference(refs, p, cell, sheet, label) {
-    const side = index.config.thumbnail, drawn = element("canvas", { role: "img", "aria-label": label });
-    const context = sized(drawn, side, side);
-    context.drawImage(sheet, (cell % index.columns) * side, Math.floor(cell / index.columns) * side, side, side, 0, 0, side, side);
-    if (state.mask) {
-      const weights = new Float32Array(patches);
-      for (let e = refs.start[p]; e < refs.start[p + 1]; e++) weights[refs.patch[e]] = refs.weight[e] / 255;
-      overlay(context, weights, index.grid, side, 0.9);
-    }
-    return element("figure", { "data-value": refs.value[p], "data-label": label }, drawn,
-      element("figcaption", {}, `${label} `, element("b", {}, format(refs.value[p]))));
   }
 
   /** Add an image to its set's group; `sheet` is as many pictures wide and high, and it shows the one at `place`. */

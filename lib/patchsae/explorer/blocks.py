@@ -21,7 +21,8 @@ import xarray as xr
 from PIL import Image
 from torch import Tensor
 
-from patchbook.explorer.data import (
+from patchsae.clip.backbone import Backbone
+from patchsae.explorer.data import (
     BATCH,
     Activations,
     ExplorerConfig,
@@ -35,7 +36,6 @@ from patchbook.explorer.data import (
     references,
     statistics,
 )
-from patchsae.clip.backbone import Backbone
 from patchsae.images.sets import ImageSet
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.progress import progress_bar
@@ -82,14 +82,14 @@ def write_blocks(
     Parameters
     ----------
     sae_hash : names the SAE, as in `make_atlas`
-    models : CLIP first, then at least one adapted model
+    models : one alone, or CLIP first and then the adapted models to compare it with
     gallery : titles and image sets, all of whose images can be picked
     sets : the first set's atlas gives every latent's statistics; an atlas that does not fit is left out
         and named in a message that the explorer shows
 
     Raises
     ------
-    PatchSAEError : fewer than two models, models of different blocks or grids, or an empty gallery.
+    PatchSAEError : no model, models of different blocks or grids, or an empty gallery.
     """
     config, clip = config or ExplorerConfig(), _checked(models)
     if not sum(len(images) for _, images in gallery):
@@ -145,9 +145,9 @@ def write_blocks(
 
 
 def _checked(models: Sequence[Shown]) -> Backbone:
-    if len(models) < 2:
+    if not models:
         raise PatchSAEError(
-            "the explorer compares models; give CLIP first, then at least one adapted model."
+            "the explorer has no model; give one, or CLIP first and then the adapted models."
         )
     clip = models[0].backbone
     for title, other in models[1:]:

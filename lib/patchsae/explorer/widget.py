@@ -4,30 +4,43 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shutil
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
+from string import Template
 from typing import Any
+from urllib.parse import quote
 
 import anywidget
 import traitlets
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from patchbook.explorer.blocks import Shown, activation_block, picture_block, read_block, read_index
-from patchbook.explorer.data import activations
+from patchsae.explorer.blocks import (
+    INDEX,
+    Shown,
+    activation_block,
+    picture_block,
+    read_block,
+    read_index,
+)
+from patchsae.explorer.data import activations
 from patchsae.images.files import resize_and_crop
 from patchsae.runs.errors import PatchSAEError
-from patchsae.runs.stage import project_root
+from patchsae.runs.stage import project_root, write_atomic
 from patchsae.sae.model import SAE
 
 STATIC = Path(__file__).parent / "static"
 SOURCE = "\n".join(  # one module, for neither anywidget nor a page from disk could load a second
     (STATIC / name).read_text(encoding="utf-8")
-    for name in ("numbers.js", "charts.js", "elements.js", "explorer.js")
+    for name in ("numbers.js", "charts.js", "elements.js", "latents.js", "explorer.js")
 )
 MEGAPIXELS = 100  # a larger image is refused before it is decoded; any other is resized as CLIP's own are
+PAGES = (".html", ".htm")
 LONGEST = 50  # times as long as wide: resizing a strip's short side would make the long one huge
 
 
@@ -130,9 +143,11 @@ class Explorer(anywidget.AnyWidget):
         base : where the folder of blocks lies, seen from the page and with '/' at its end; by default
             `_static/explorer/` of the book, where book/build.py brings it
         """
-        index = self.index | {"live": False, "own": []}
-        root, folder = project_root(), self.folder.resolve()
-        place = folder.relative_to(root).as_posix() if folder.is_relative_to(root) else folder.as_posix()
+        of_kernel = ("sae", "weights", "backbones")  # a page compares nothing, and these may hold a path
+        index = {key: value for key, value in self.index.items() if key not in of_kernel}
+        index |= {"live": False, "own": []}
+        blocks = f'data-base="{escape(base)}"' if base else f'data-blocks="{escape(self._place())}"'
+        needs = "needs JavaScript" if base else "runs in the rendered book, or live in JupyterLab"
         parts = {
             "index": _script(index),
             "source": _script(SOURCE),
@@ -141,15 +156,61 @@ class Explorer(anywidget.AnyWidget):
         }
         return (
             f"<style>{parts['style']}</style>\n"
-            f'<div class="patchsae-explorer" data-blocks="{escape(place)}" data-base="{escape(base)}">'
-            f"<p>The explorer runs in the rendered book, or live in JupyterLab.</p></div>\n"
+            f'<div class="patchsae-explorer" {blocks}>'
+            f"<p>The explorer {needs}.</p></div>\n"
             f"<script>{parts['start']}({parts['index']}, {parts['source']});</script>"
         )
+
+    def _place(self) -> str:
+        """Return where the build of a book finds the blocks."""
+        folder = self.folder.resolve()
+        try:
+            return folder.relative_to(project_root()).as_posix()
+        except (PatchSAEError, ValueError):  # there is no book here, or the results are elsewhere
+            return folder.as_posix()
+
+    def save(self, path: str | Path) -> Path:
+        """Write a page that opens from disk without a network or a kernel; return its path.
+
+        What it loads is copied to `<stem>_files` beside it: move both together. Images that were added
+        live are not in it.
+
+        Raises
+        ------
+        PatchSAEError : the path is no name of a page, or cannot be written; the blocks have gone.
+        """
+        path, name = page_path(path), self.index["folder"]
+        beside = path.with_name(f"{path.stem}_files")
+        files = sorted(self.folder.glob("*.js"))
+        if not files:
+            raise PatchSAEError(f"{self.folder} holds no blocks any more: make them again, then save.")
+        for file in files:
+            target = beside / name / file.name
+            if not target.is_file() or target.read_bytes() != file.read_bytes():
+                write_atomic(target, partial(shutil.copyfile, file))
+        title = f"Latents of {' and '.join(self.index['models'])}"
+        document = Template((STATIC / "document.html").read_text(encoding="utf-8")).substitute(
+            title=escape(title), explorer=self.html(base=f"{quote(beside.name)}/")
+        )
+        write_atomic(path, lambda temporary: temporary.write_text(document, encoding="utf-8"))
+        for other in beside.iterdir():
+            copied = re.fullmatch("explorer-[0-9a-f]{12}", other.name) and not (other / INDEX).exists()
+            if copied and other.name != name:  # what an earlier page of this name loaded
+                shutil.rmtree(other, ignore_errors=True)
+        return path
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         bundle = super()._repr_mimebundle_(**kwargs)
         data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
         return data | {"text/html": self.html()}, metadata
+
+
+def page_path(path: str | Path) -> Path:
+    """Return where a page will be saved; raises PatchSAEError for what is no name of a page."""
+    path = Path(path).expanduser()
+    if path.suffix.lower() not in PAGES or path.is_dir():
+        raise PatchSAEError(f"'{path}' is no name of a page: give a file that ends in .html.")
+    return path
 
 
 def _script(value: Any) -> str:

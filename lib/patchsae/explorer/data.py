@@ -126,7 +126,7 @@ class Groups(NamedTuple):
 
 def group_latents(
     clip: Activations,
-    adapted: Activations,
+    adapted: Activations | None,
     left_out: np.ndarray,
     patch: int | None = None,
     top: int = ExplorerConfig.top,
@@ -135,12 +135,13 @@ def group_latents(
 
     A model puts on top its `top` largest image-level activations and, if a patch is chosen, its `top`
     largest on that patch; equal values in the order of latent numbers, silent latents never. `left_out` [S]
-    says which latents count as firing on nearly everything. Every list is sorted by a latent's largest
-    activation in the list's models: image level and, if a patch is chosen, on the patch. (The authors' demo
-    sorts the exclusive lists by latent number; facts.md §5.)
+    says which latents count as firing on nearly everything. Without an adapted model, all that CLIP puts on
+    top is its alone. Every list is sorted by a latent's largest activation in the list's models: image
+    level and, if a patch is chosen, on the patch. (The authors' demo sorts the exclusive lists by latent
+    number; facts.md §5.)
     """
     levels, chosen = [], []
-    for found in (clip, adapted):
+    for found in (clip,) if adapted is None else (clip, adapted):
         values = [image_values(found, len(left_out))]
         if patch is not None:
             values.append(patch_values(found, patch, len(left_out)))
@@ -150,6 +151,8 @@ def group_latents(
     def ordered(latents: set[int], by: np.ndarray) -> list[tuple[int, float]]:
         return [(s, float(by[s])) for s in sorted(latents, key=lambda s: (-by[s], s))]
 
+    if adapted is None:
+        return Groups([], ordered(chosen[0], levels[0]), [])
     return Groups(
         ordered(chosen[0] & chosen[1], np.maximum(*levels)),
         ordered(chosen[0] - chosen[1], levels[0]),

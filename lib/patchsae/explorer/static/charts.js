@@ -67,9 +67,11 @@ function shade(share, text) {
   return `rgb(${mixed})`;
 }
 
-/** Draw one bar per latent, of one model upwards and of the other downwards; returns the latent near a place. */
+const barsHeight = (models) => (models > 1 ? 156 : 98);
+
+/** Draw one bar per latent, of one model upwards and of a second downwards; returns the latent near a place. */
 function drawBars(canvas, { values, groups, chosen, names, colours, width }) {
-  const height = 156, middle = 78, reach = 58, latents = values[0].length;
+  const height = barsHeight(values.length), middle = 78, reach = 58, latents = values[0].length;
   const peak = Math.max(...values.map((v) => v.reduce((a, b) => Math.max(a, b), 0)));
   const context = sized(canvas, width, height), right = width - 4;
   const left = Math.ceil(context.measureText(format(peak)).width) + 10;
@@ -79,10 +81,12 @@ function drawBars(canvas, { values, groups, chosen, names, colours, width }) {
     if (long > 0) context.fillRect(x(s) - wide / 2, down ? middle : middle - long, wide, long);
   });
   context.fillStyle = colours.text;
-  context.fillText(`↑ ${names[0]}`, left, 12);
-  context.fillText(`↓ ${names[1]}`, left, height - 5, right - left);
+  if (names.length > 1) {
+    context.fillText(`↑ ${names[0]}`, left, 12);
+    context.fillText(`↓ ${names[1]}`, left, height - 5, right - left);
+  }
   context.textAlign = "right";
-  [[format(peak), -reach], ["0", 0], [format(peak), reach]].forEach(([text, y]) => {
+  [[format(peak), -reach], ["0", 0], [format(peak), reach]].slice(0, names.length + 1).forEach(([text, y]) => {
     context.fillStyle = colours.text;
     context.fillText(text, left - 6, middle + y + 4);
     context.fillStyle = colours.line;
@@ -98,14 +102,14 @@ function drawBars(canvas, { values, groups, chosen, names, colours, width }) {
     context.fillStyle = colours.text;
     context.textAlign = "center";
     context.font = `bold ${FONT}`;
-    const at = Math.max(left + 90, Math.min(x(chosen), right - 34));
+    const at = Math.max(left + (names.length > 1 ? 90 : 34), Math.min(x(chosen), right - 34));
     context.fillText(`latent ${chosen}`, at, 12);
     context.fillRect(x(chosen) - 0.5, 15, 1, 4);
   }
   return (place) => {
     let near = null, best = 0;
     for (let s = 0; s < latents; s++) {
-      const far = Math.abs(x(s) - place), value = Math.max(values[0][s], values[1][s]);
+      const far = Math.abs(x(s) - place), value = Math.max(...values.map((v) => v[s]));
       if (far < 6 && value / (1 + far) > best) [near, best] = [s, value / (1 + far)];
     }
     return near;
