@@ -82,7 +82,8 @@ def execute_notebooks(root: Path, build: Path, parameters: dict[str, dict]) -> d
         # A notebook may read what the notebooks before it left behind, so it depends on them all.
         given = parameters.get(name, {})
         inputs = {"notebook": source, "before": before, "parameters": given}
-        stage = Stage.open(build / "notebooks", name, inputs)
+        # the library's own files are among the inputs, so that no version has to be raised by hand
+        stage = Stage.open(build / "notebooks", name, inputs, version=1)
         executed = stage.path / f"{name}.ipynb"
         if stage.done and executed.is_file():
             print(f"{name}: unchanged", flush=True)
