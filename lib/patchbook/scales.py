@@ -166,10 +166,10 @@ def scale(name: str) -> Scale:
     if name == "embedded":
         return Scale(
             "embedded", str(project_root() / "artefacts" / "small_clip"), None, block=11,
-            expansion=8, l1=5e-4, templates=None, sets=_embedded_sets,
+            expansion=8, l1=7e-4, templates=None, sets=_embedded_sets,
             # chosen by artefacts/sae/search.py
-            train=TrainConfig(images=36_000, token_batch=512, warmup_steps=200, lr=1e-3, decay_from=0.3),
-            different_images=6_000, topk_sae={"activation": "topk", "k": 8, "l1": 0.0},
+            train=TrainConfig(images=108_000, token_batch=512, warmup_steps=200, lr=1e-3, decay_from=0.3),
+            different_images=6_000, topk_sae={"activation": "topk", "k": 16, "l1": 0.0},
             ships=((11, 0), (11, 1), (11, 2), (2, 0), (5, 0), (8, 0)),
         )  # fmt: skip
     if name == "paper":
