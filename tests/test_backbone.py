@@ -18,7 +18,7 @@ from patchsae.runs.errors import PatchSAEError
 import open_clip
 from open_clip.model import convert_weights_to_fp16
 from open_clip.transformer import Transformer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL_CLIP = ROOT / "artefacts" / "small_clip"
@@ -493,3 +493,13 @@ def test_file_that_holds_no_fitting_weights(tmp_path, monkeypatch, content):
 def test_bad_class_names(small, classnames, templates, sentence):
     with pytest.raises(PatchSAEError, match=sentence):
         zero_shot_weights(small, classnames, templates)
+
+
+@pytest.mark.parametrize("name", ["visual.proj", "visual.transformer.resblocks.3.ln_1.bias", "logit_scale"])
+def test_one_number_that_is_not_finite_is_refused(folder, name):
+    file = folder / "open_clip_model.safetensors"
+    state = load_file(file)
+    state[name].view(-1)[0] = torch.nan
+    save_file(state, file)
+    with pytest.raises(PatchSAEError, match=f"{file} has NaN or infinite values in {name}: fetch it again"):
+        load_backbone(folder, block=1)

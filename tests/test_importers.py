@@ -578,3 +578,39 @@ def test_command_line(tmp_path, authors, capsys):
         main(["--help"])
     assert caught.value.code == 0 and "SOURCE_PATH" in capsys.readouterr().out
     assert {str(source) for source in Source} >= {"patchsae", "saelens", "saev", "sparsify", "prisma"}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec"])
+def test_one_number_that_is_not_finite_is_refused_by_its_name_there(tmp_path, authors, name, value):
+    w = weights()
+    w[name].view(-1)[5] = value
+    theirs = {"W_enc": "encoder.weight", "W_dec": "decoder.weight", "b_enc": "encoder.bias"}.get(name, name)
+    save_file(w, tmp_path / "sae_weights.safetensors")
+    write_json(tmp_path / "cfg.json", {"d_in": D_IN, "d_sae": D_SAE})
+    for path, tensor in (
+        (tmp_path, name),
+        (authors(w), name),
+        (
+            write_dictionary(tmp_path / "d", linear(w, "bias"), "AutoEncoder"),
+            theirs.replace("b_dec", "bias"),
+        ),
+    ):
+        with pytest.raises(PatchSAEError, match=f"has NaN or infinite values in {tensor}: fetch"):
+            import_sae(path)
+
+
+def test_a_number_that_float32_cannot_hold_is_refused(authors):
+    w = {name: value.double() for name, value in weights().items()}
+    w["b_enc"][2] = 1e300
+    with pytest.raises(PatchSAEError, match="infinite values in b_enc"):
+        import_sae(authors(w))
+
+
+def test_a_decoder_row_of_zeros_stays_one(tmp_path):
+    w = weights()
+    w["W_dec"][3] = 0
+    sae = import_sae(
+        write_dictionary(tmp_path, w | {"threshold": torch.ones(D_SAE)}, "JumpReluAutoEncoder")
+    )
+    assert not sae.W_dec[3].any() and not sae.encode(tokens())[:, 3].any()

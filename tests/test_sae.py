@@ -130,3 +130,15 @@ def test_bad_input_is_named(tmp_path):
         SAEConfig(d_in=8, loss="huber")
     with pytest.raises(PatchSAEError, match="expansion=0"):
         SAEConfig(d_in=8, expansion=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec"])
+def test_one_number_that_is_not_finite_is_refused(tmp_path, name, value):
+    sae = random_sae()
+    getattr(sae, name).data.view(-1)[3] = value
+    with pytest.raises(PatchSAEError, match=f"this SAE has NaN or infinite values in {name}"):
+        sae.fingerprint()
+    sae.save(tmp_path)
+    with pytest.raises(PatchSAEError, match=f"sae.safetensors' has NaN or infinite values in {name}"):
+        SAE.load(tmp_path)

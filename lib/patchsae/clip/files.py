@@ -23,6 +23,7 @@ from open_clip.convert import convert_state_dict
 from open_clip.factory import load_state_dict
 from open_clip.model import convert_to_custom_text_state_dict
 
+from patchsae.runs.checks import check_weights
 from patchsae.runs.errors import PatchSAEError
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
@@ -93,6 +94,7 @@ class ClipSource:
                     f"{path} does not fit {self.name}: {key} is {file} in the file and {here} in "
                     "the model; name the model that the file was made for."
                 )
+        check_weights(path, {key: state[key] for key, _ in model.named_parameters()})
         model.load_state_dict(state)
 
     def tokenizer(self, vocab_size: int | None):

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from patchsae.runs.checks import check_weights
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.restricted_pickle import StandIn, read_pickle
 from patchsae.sae.model import CONFIG
@@ -207,10 +208,13 @@ def tensors(c: Checkpoint, layout: Layout, ignore: Collection[str] = ()) -> dict
                 f"{c.file} has {name} of shape {found}, not {expected}: the tensors and the configuration "
                 "belong to different SAEs, so fetch both again."
             )
-    return {
+    found = {
         ours: (c.state[theirs].T if dimensions == ("d_in", "d_sae") else c.state[theirs]).float()
         for ours, (theirs, dimensions) in layout.items()
     }
+    # after the conversion: what float64 holds may be infinite in float32
+    check_weights(c.file, {layout[ours][0]: value for ours, value in found.items()})
+    return found
 
 
 def _check_dense(file: Path, name: str, value: object) -> None:

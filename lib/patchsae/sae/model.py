@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from patchsae.runs.checks import check_weights
 from patchsae.runs.errors import PatchSAEError, choose
 from patchsae.runs.stage import write_atomic, write_json
 
@@ -270,7 +271,13 @@ class SAE(nn.Module):
         self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True).clamp(min=1e-12)
 
     def fingerprint(self) -> str:
-        """Return a sha256 over weights and configuration, independent of device and machine."""
+        """Return a sha256 over weights and configuration, independent of device and machine.
+
+        Raises
+        ------
+        PatchSAEError : a weight is not finite; nothing that is named after such weights means anything.
+        """
+        check_weights("this SAE", self.state_dict())
         content = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
         for name, weights in sorted(self.state_dict().items()):
             content.update(name.encode())
@@ -291,7 +298,7 @@ class SAE(nn.Module):
 
         Raises
         ------
-        PatchSAEError : a file is missing, damaged, or of another format.
+        PatchSAEError : a file is missing, damaged, of another format, or has weights that are not finite.
         """
         folder = Path(folder)
         try:
@@ -318,6 +325,7 @@ class SAE(nn.Module):
             raise PatchSAEError(
                 f"'{folder / WEIGHTS}' has tensors {found}, not {expected}; train the SAE again."
             )
+        check_weights(f"'{folder / WEIGHTS}'", weights)
         sae.load_state_dict(weights)
         return sae
 
