@@ -168,7 +168,8 @@ def mix_models(
 
     Raises
     ------
-    PatchSAEError : a batch of no images; the backbones are cut after different blocks; a saved chunk is damaged.
+    PatchSAEError : a batch of no images; the backbones are cut after different blocks; a saved chunk
+        is damaged.
     """
     check_counts(batch_size=batch_size)
     if plain.block != adapted.block:

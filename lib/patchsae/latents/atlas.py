@@ -93,9 +93,9 @@ def make_atlas(
 
     Raises
     ------
-    PatchSAEError : a batch of no images; k exceeds the images, or those that can be read; a label is outside the class names; a
-        class is empty, or nothing of it can be read; an image cannot be read and on_error is 'raise'; a
-        token is not finite; a saved part is damaged.
+    PatchSAEError : a batch of no images; k exceeds the images, or those that can be read; a label is
+        outside the class names; a class is empty, or nothing of it can be read; an image cannot be read
+        and on_error is 'raise'; a token or weight is not finite; a saved part is damaged.
     """
     check_counts(batch_size=batch_size)
     check_counts(0, workers=workers)
@@ -263,8 +263,8 @@ class _Pass:
         ]
         if sums.images + len(skipped) != len(self.images):
             raise PatchSAEError(
-                f"the pass over '{self.images.name}' saw {sums.images} of {len(self.images)} images, so it is "
-                f"not finished; delete {self.stage.path}, then run again."
+                f"the pass over '{self.images.name}' saw {sums.images} of {len(self.images)} images, so it "
+                f"is not finished; delete {self.stage.path}, then run again."
             )
         if skipped:
             unread = (

@@ -178,8 +178,9 @@ def sweep(
 
     Raises
     ------
-    PatchSAEError : a batch of no images; the atlas is of another SAE, backbone, block or set of classes; a class has no image in
-        it; a size exceeds the latents; a label is outside the classes; a saved chunk is damaged.
+    PatchSAEError : a batch of no images; the atlas is of another SAE, backbone, block or set of classes; a
+        class has no image in it; a size exceeds the latents; a label is outside the classes; a logit is
+        not finite; a saved chunk is damaged.
     """
     check_counts(batch_size=batch_size)
     check_atlas(atlas, sae, sae_hash, atlas_backbone or backbone, images.classnames)
@@ -231,8 +232,8 @@ def check_whole(rows: int, images: ImageSet, stage: Stage) -> None:
     """Refuse to finish a stage whose chunks hold another number of images than its set."""
     if rows != len(images):
         raise PatchSAEError(
-            f"the chunks in {stage.path} hold {rows} of the {len(images)} images of '{images.name}'; delete "
-            f"that folder, then run again."
+            f"the chunks in {stage.path} hold {rows} of the {len(images)} images of '{images.name}'; "
+            f"delete that folder, then run again."
         )
 
 

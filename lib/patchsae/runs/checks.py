@@ -1,4 +1,4 @@
-"""What is asked of numbers before anything is computed with them: that they are finite, and counts whole."""
+"""What is asked of numbers before anything is computed with them: finite weights, whole counts."""
 
 from __future__ import annotations
 

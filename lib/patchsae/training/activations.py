@@ -66,8 +66,8 @@ class Activations:
 
     Raises
     ------
-    PatchSAEError : passes of no images; an image or shard cannot be read; the stream has NaN or infinite values, or values that
-        float16 cannot hold; the disk is too small for the cache.
+    PatchSAEError : passes of no images; an image or shard cannot be read; the stream has NaN or infinite
+        values, or values that float16 cannot hold; the disk is too small for the cache.
     """
 
     def __init__(
