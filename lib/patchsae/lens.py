@@ -27,7 +27,7 @@ from patchsae.images.files import FileImages, FolderImages, class_folders, files
 from patchsae.images.sets import ImageSet
 from patchsae.latents.atlas import AtlasConfig, make_atlas
 from patchsae.latents.maps import masked_images
-from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.errors import PatchSAEError, printable
 from patchsae.sae.importers import import_sae
 from patchsae.sae.model import CONFIG, SAE, SAEConfig
 from patchsae.training.starts import Start
@@ -92,7 +92,7 @@ def open_images(folder: str | Path, clip: Backbone) -> FileImages:
             raise PatchSAEError(
                 f"'{folder}' holds pictures and folders of pictures; put the former into a folder, too."
             )
-        one = folder.resolve().name
+        one = printable(folder.resolve().name)
         return FileImages(folder, names, np.zeros(len(names), np.int64), (one,), clip.frame, one, "all")
     return FolderImages(folder, clip.frame, split="all")
 
