@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -78,7 +80,8 @@ def authors(tmp_path, monkeypatch):
         config, parts = cls(), module.split(".")
         modules = [types.ModuleType(".".join(parts[: n + 1])) for n in range(len(parts))]
         setattr(modules[-1], name, cls)
-        size = {"d_in": len(w["b_dec"]), "expansion_factor": 4, "d_sae": 4 * len(w["b_dec"])}
+        d_in = len(next(value for name, value in w.items() if name.endswith("b_dec")))
+        size = {"d_in": d_in, "expansion_factor": 4, "d_sae": 4 * d_in}
         rest = {
             "device": torch.device("cuda"),
             "dtype": torch.float32,
@@ -614,3 +617,18 @@ def test_a_decoder_row_of_zeros_stays_one(tmp_path):
         write_dictionary(tmp_path, w | {"threshold": torch.ones(D_SAE)}, "JumpReluAutoEncoder")
     )
     assert not sae.W_dec[3].any() and not sae.encode(tokens())[:, 3].any()
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model."])
+def test_what_wrappers_put_before_the_names_of_weights_is_removed(authors, prefix):
+    plain = import_sae(authors(weights()))
+    wrapped = import_sae(authors({prefix + name: value for name, value in weights().items()}))
+    assert wrapped.fingerprint() == plain.fingerprint()
+
+
+def test_numpy_numbers_arrays_and_paths_in_a_configuration_are_plain_values(authors):
+    beside = {"curve": np.arange(6.0), "out": Path("runs/1"), "seed": np.int64(3), "best": np.float32(0.5)}
+    sae = import_sae(authors(weights(), l1_coefficient=np.float64(0.25), use_ghost_grads=False, **beside))
+    assert sae.config.l1 == 0.25 and type(sae.config.l1) is float
+    with pytest.raises(PatchSAEError, match="l1_coefficient is .* where a number belongs"):
+        import_sae(authors(weights(), l1_coefficient=np.array([0.25])))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from patchsae.runs.checks import check_weights
 from patchsae.runs.errors import PatchSAEError
-from patchsae.runs.restricted_pickle import StandIn, read_pickle
+from patchsae.runs.restricted_pickle import StandIn, plain_names, read_pickle
 from patchsae.sae.model import CONFIG
 
 
@@ -57,7 +57,7 @@ def open_checkpoint(path: Path, source: Source | str | None = None) -> Checkpoin
     pickled = {Source.PATCHSAE, Source.PRISMA, Source.DICTIONARY_LEARNING}  # one container, told by content
     if source not in (None, found.source) and not {source, found.source} <= pickled:
         raise PatchSAEError(f"{path} has the layout of {found.source}, not of {source}: name that source.")
-    return found._replace(source=Source(source or found.source))
+    return found._replace(source=Source(source or found.source), state=plain_names(found.state))
 
 
 def _open(path: Path, source: Source | str | None) -> Checkpoint:
