@@ -288,3 +288,29 @@ def test_bad_input_is_named(tmp_path):
     images.labels = np.where(images.labels == 2, 99, images.labels)
     with pytest.raises(PatchSAEError, match="label 99, but there are 10 class names"):
         make(tmp_path, images=images)
+
+
+@pytest.mark.parametrize("options", [{"batch_size": -1}, {"batch_size": 0}, {"workers": -1}])
+def test_impossible_arguments_leave_nothing_behind(tmp_path, atlas, options):
+    with pytest.raises(
+        PatchSAEError, match=f"{next(iter(options))}={next(iter(options.values()))} must be"
+    ):
+        make(tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_are_not_finite_are_not_described(tmp_path):
+    sae = tiny_sae()
+    sae.b_dec.data[0] = torch.nan
+    with pytest.raises(PatchSAEError, match="NaN or infinite values in b_dec"):
+        make_atlas(sae, tiny_backbone(), tiny_images(), CONFIG, tmp_path, "tiny", progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pass_that_saw_less_than_the_set_is_not_finished(tmp_path, atlas, monkeypatch):
+    monkeypatch.setattr(atlas_module._Pass, "_add", lambda *args: iter(()))
+    with pytest.raises(PatchSAEError, match="saw 0 of 40 images, so it is not finished"):
+        make(tmp_path)
+    assert not list(tmp_path.glob("*/manifest.json"))
+    monkeypatch.undo()
+    np.testing.assert_array_equal(make(tmp_path).class_count, atlas.class_count)

@@ -12,13 +12,14 @@ from torch import nn
 
 from patchsae.clip import backbone as library
 from patchsae.clip.backbone import Backbone, load_backbone, zero_shot_logits, zero_shot_weights
+from patchsae.clip.files import find_clip
 from patchsae.runs.errors import PatchSAEError
 
 # isort: split
 import open_clip
 from open_clip.model import convert_weights_to_fp16
 from open_clip.transformer import Transformer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL_CLIP = ROOT / "artefacts" / "small_clip"
@@ -493,3 +494,83 @@ def test_file_that_holds_no_fitting_weights(tmp_path, monkeypatch, content):
 def test_bad_class_names(small, classnames, templates, sentence):
     with pytest.raises(PatchSAEError, match=sentence):
         zero_shot_weights(small, classnames, templates)
+
+
+@pytest.mark.parametrize("name", ["visual.proj", "visual.transformer.resblocks.3.ln_1.bias", "logit_scale"])
+def test_one_number_that_is_not_finite_is_refused(folder, name):
+    file = folder / "open_clip_model.safetensors"
+    state = load_file(file)
+    state[name].view(-1)[0] = torch.nan
+    save_file(state, file)
+    with pytest.raises(PatchSAEError, match=f"{file} has NaN or infinite values in {name}: fetch it again"):
+        load_backbone(folder, block=1)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "model.", "visual"])
+def test_what_wrappers_put_before_the_names_of_weights_is_removed(tmp_path, prefix):
+    torch.manual_seed(4)
+    direct = load_backbone("ViT-S-32-alt", block=2)
+    state = direct.model.state_dict()
+    if prefix == "visual":  # only the image tower was compiled
+        names = {name: name.replace("visual.", "visual._orig_mod.") for name in state}
+    else:
+        names = {name: prefix + name for name in state}
+    content = {"epoch": np.int64(3), "best": np.float64(71.2), "curve": np.zeros(3), "out": Path("runs")}
+    torch.save(content | {"state_dict": {names[name]: w for name, w in state.items()}}, tmp_path / "w.pt")
+    loaded = load_backbone("ViT-S-32-alt", tmp_path / "w.pt", block=2)
+    assert loaded.fingerprint() == direct.fingerprint()
+
+
+def test_the_layout_of_transformers_is_named(tmp_path):
+    state = {
+        "text_model.a": torch.zeros(1),
+        "vision_model.b": torch.zeros(1),
+        "logit_scale": torch.zeros(()),
+    }
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(PatchSAEError, match="w.pt has the layout of transformers, not open_clip's: fetch"):
+        load_backbone("ViT-S-32-alt", tmp_path / "w.pt", block=2)
+
+
+def test_random_weights_are_said():
+    with pytest.warns(UserWarning, match="ViT-S-32-alt has random weights"):
+        load_backbone("ViT-S-32-alt", block=2)
+
+
+def test_a_file_that_may_be_tuned_from_openais_is_asked_for_its_gelu(tmp_path, recwarn):
+    torch.manual_seed(0)
+    config = {**SMALL, "text_cfg": {**SMALL["text_cfg"], "vocab_size": 49408}}
+    for name, quick in (("Case-16", False), ("Case-16-quickgelu", True)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(config | {"quick_gelu": quick}))
+    open_clip.add_model_config(tmp_path)
+    try:
+        torch.save(open_clip.CLIP(**config).state_dict(), tmp_path / "tuned.pt")
+        load_backbone("Case-16-quickgelu", tmp_path / "tuned.pt", block=1)
+        assert not [str(w.message) for w in recwarn if "GELU" in str(w.message)]
+        with pytest.warns(UserWarning, match="does not say which GELU .* use the model Case-16-quickgelu"):
+            load_backbone("Case-16", tmp_path / "tuned.pt", block=1)
+    finally:
+        for name in ("Case-16", "Case-16-quickgelu"):
+            open_clip.factory._MODEL_CONFIGS.pop(name, None)
+        open_clip.factory._MODEL_CONFIG_PATHS.remove(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["hf:", "hf-hub:"])
+def test_a_model_of_the_hub_is_its_folder_under_its_own_name(folder, monkeypatch, prefix):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: str(folder))
+    backbone = load_backbone(f"{prefix}laion/tiny", block=11)
+    assert backbone.name == "laion/tiny" and backbone.tokenize("a cat").shape == (1, 20)
+    own = load_backbone(folder, block=11).model.state_dict()
+    assert all(torch.equal(w, own[name]) for name, w in backbone.model.state_dict().items())
+
+    def unreachable(name, **options):
+        raise ConnectionError("no route\nmore")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    with pytest.raises(PatchSAEError, match="'laion/tiny' could not be fetched from the Hugging Face hub"):
+        load_backbone(f"{prefix}laion/tiny", block=11)
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("ViT-L/14@336px", "ViT-L-14-336"), ("ViT-B/16", "ViT-B-16")])
+def test_openais_own_names_are_known(theirs, ours):
+    assert find_clip(theirs, "openai").name == ours

@@ -3,6 +3,7 @@
 import io
 import pickle
 import pickletools
+import resource
 
 import numpy as np
 import pytest
@@ -171,3 +172,13 @@ def test_the_picture_is_in_rgb_order(tmp_path):
     (folder / "test").write_bytes(as_python_2({b"fine_labels": [1], b"data": red.reshape(1, -1)}))
     picture = open_benchmark("cifar-100", tmp_path, 32).test.picture(0)
     assert isinstance(picture, Image.Image) and picture.getpixel((5, 7)) == (255, 0, 0)
+
+
+def test_a_memo_of_millions_takes_no_memory(tmp_path):
+    folder = tmp_path / "cifar-100/cifar-100-python"
+    make(folder)
+    (folder / "test").write_bytes(b"\x80\x02}r" + (2**31 - 1).to_bytes(4, "little") + b".")  # 12 bytes
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(PatchSAEError, match="test' holds no fine_labels"):
+        open_benchmark("cifar-100", tmp_path, 32)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB; in C it is 16 GB

@@ -195,3 +195,30 @@ def test_bootstrap_covers_the_mean():
     interval = bootstrap(values)
     assert interval.low < values.mean() == interval.value < interval.high
     assert interval.high - interval.low == pytest.approx(2 * 1.96 * np.sqrt(0.21 / 500), rel=0.2)
+
+
+def test_what_is_not_finite_has_no_rank_and_no_measure(backbone, images, sae):
+    logits = torch.tensor([[1.0, torch.nan, 3.0]])
+    for label in range(3):
+        with pytest.raises(PatchSAEError, match="what is ranked has NaN or infinite values; use"):
+            label_rank(logits, torch.tensor([label]))
+    some, broken = images.subset(range(8)), SAE(SAEConfig(d_in=32, expansion=2), seed=1)
+    broken.b_dec.data[0] = torch.nan
+    with pytest.raises(PatchSAEError, match="what the SAE rebuilds has NaN"):
+        reconstruction(broken, backbone, some)
+    text = F.normalize(torch.randn(10, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    for edit, words in ((through_sae(broken, backbone), text), (None, torch.full_like(text, torch.inf))):
+        with pytest.raises(PatchSAEError, match="what tiny answers has NaN or infinite values; use dtype"):
+            zero_shot(backbone, some, words, [edit], progress=None)
+    with pytest.raises(PatchSAEError, match="'tiny' has no images"):
+        reconstruction(sae, backbone, images.subset([]))
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, True, None])
+def test_a_batch_of_no_images_measures_nothing(backbone, images, sae, size):
+    for measure in (
+        lambda: reconstruction(sae, backbone, images, batch_size=size),
+        lambda: zero_shot(backbone, images, torch.ones(10, 16), [None], size),
+    ):
+        with pytest.raises(PatchSAEError, match=f"batch_size={size} must be a whole number, 1 or more"):
+            measure()

@@ -16,7 +16,16 @@ import patchsae.runs.compat  # noqa: F401  (before torchvision)
 from patchbook.scenes.embedded import SINGLE, SceneSet
 from patchsae.clip import files as clip_files
 from patchsae.images import files as library
-from patchsae.images.files import FileImages, FolderImages, Frame, PathList, load_image, resize_and_crop
+from patchsae.images.files import (
+    FileImages,
+    FolderImages,
+    Frame,
+    PathList,
+    files_in,
+    load_image,
+    open_image,
+    resize_and_crop,
+)
 from patchsae.images.sets import Dataset
 from patchsae.runs.errors import PatchSAEError
 
@@ -365,6 +374,90 @@ def test_val_is_divided_as_train_and_test_are(folder):
     assert Dataset("pets", "Pets", images.classnames, "{}", empty, images).novel().classnames == (
         "class 4", "class 5", "class 6",
     )  # fmt: skip
+
+
+RAMP = np.linspace(0, 65535, 65536).reshape(256, 256)
+
+
+@pytest.mark.parametrize(("name", "grey"), [
+    ("16.png", RAMP.astype(np.uint16)), ("16.tif", RAMP.astype(np.uint16)),
+    ("16 big-endian.tif", RAMP.astype(">u2")), ("16.jp2", RAMP.astype(np.uint16)),
+    ("32.tif", RAMP.astype(np.int32)), ("8 in 32.tif", (RAMP / 257).astype(np.int32)),
+    ("0 to 1.tif", (RAMP / 65535).astype(np.float32)), ("0 to 255.tif", (RAMP / 257).astype(np.float32)),
+])  # fmt: skip
+def test_grey_of_any_depth_keeps_its_steps(tmp_path, name, grey):
+    Image.fromarray(grey).save(tmp_path / name)
+    found = np.asarray(open_image(tmp_path / name)).astype(int)
+    assert found.shape == (256, 256, 3)
+    assert abs(found - (RAMP / 257)[..., None]).max() <= 1
+
+
+def test_a_portable_greymap_of_12_bits_is_scaled_by_its_own_white(tmp_path):
+    (tmp_path / "x.pgm").write_bytes(b"P5\n256 256\n4095\n" + (RAMP // 16).astype(">u2").tobytes())
+    assert abs(np.asarray(open_image(tmp_path / "x.pgm"))[..., 0] - RAMP / 257).max() <= 1
+
+
+@pytest.mark.parametrize("grey", [RAMP - 1000, RAMP * 3, RAMP / 65535 * np.nan, RAMP / -65535])
+def test_grey_without_a_white_is_refused(tmp_path, grey):
+    Image.fromarray(grey.astype(np.float32)).save(tmp_path / "x.tif")
+    with pytest.raises(PatchSAEError, match=r"x\.tif' has grey values from .* does not say what is white"):
+        load_image(tmp_path / "x.tif", SIDE)
+
+
+@pytest.mark.parametrize(("size", "match"), [
+    ((50_000, 1), "is 50000 pixels long and 1 wide, more than 100 times"),
+    ((1, 101), "is 101 pixels long and 1 wide"),
+    ((20_000, 6_000), "has 120 megapixels, more than 100"),
+    ((30_000, 7_000), "has far more than 100 megapixels"),
+])  # fmt: skip
+def test_a_picture_that_would_take_gigabytes_is_refused_before_it_is_decoded(
+    tmp_path, monkeypatch, size, match
+):
+    Image.new("1", size).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image.Image, "load", None)
+    with pytest.raises(PatchSAEError, match=rf"image '.*large\.png' {match}"):
+        load_image(tmp_path / "large.png", SIDE)
+
+
+def test_only_rasters_are_opened(tmp_path):
+    pixels(20, 20).save(tmp_path / "x.eps")  # Pillow would hand it to Ghostscript
+    (tmp_path / "x.eps").rename(tmp_path / "x.jpg")
+    with pytest.raises(PatchSAEError, match=r"cannot read image '.*x\.jpg' \(cannot identify"):
+        open_image(tmp_path / "x.jpg")
+
+
+@pytest.mark.parametrize("suffix", ["JPG", "jpe", "jfif", "gif", "avif", "jp2", "pgm", "tga", "dib", "qoi"])
+def test_every_raster_that_is_read_is_listed(tmp_path, suffix):
+    made = pixels(30, 20, "L" if suffix == "pgm" else "P" if suffix == "gif" else "RGB")
+    (tmp_path / "a").mkdir()
+    made.save(tmp_path / "a" / f"1.{suffix}")
+    images = FolderImages(tmp_path, SIDE)
+    assert images.key(0) == f"a/1.{suffix}" and images.load([0]).images.shape == (1, 3, SIDE, SIDE)
+
+
+def test_what_systems_put_beside_a_persons_folders_is_no_class(tmp_path):
+    for name in ("cat/1.jpg", "dog/1.jpg", "cat/@eaDir/1.jpg/SYNO_THUMB.jpg", "dog/album.png/2.jpg",
+                 "__MACOSX/cat/1.jpg", "@eaDir/1.jpg", ".hidden/1.jpg", "Lost+Found/1.jpg"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels(20, 20).save(tmp_path / name)
+    (tmp_path / "System Volume Information").mkdir()
+    images = FolderImages(tmp_path, SIDE)
+    assert images.classnames == ("cat", "dog")
+    assert [images.key(i) for i in range(3)] == ["cat/1.jpg", "dog/1.jpg", "dog/album.png/2.jpg"]
+    assert len(images) == 3 and files_in(tmp_path / "dog") == ["1.jpg"]
+
+
+def test_names_that_are_not_utf8_are_read_and_can_be_printed(tmp_path):
+    place = os.fsencode(tmp_path) + b"/caf\xe9_noir"
+    os.mkdir(place)
+    pixels(20, 20).save(os.fsdecode(place + b"/\xff.png"))
+    images = FolderImages(tmp_path, SIDE)
+    assert images.classnames == (r"caf\xe9 noir",) and images.load([0]).images.shape == (1, 3, SIDE, SIDE)
+    images.paths[0].write_bytes(b"")
+    with pytest.raises(PatchSAEError) as error:
+        images.load([0])
+    assert r"caf\xe9_noir/\xff.png" in str(error.value).encode("utf-8").decode()
+    assert str(PatchSAEError("\ud800")) == r"\ud800"
 
 
 @pytest.mark.parametrize("size", [(80, 40), (37, 91), (64, 64), (5, 200), (200, 9)])

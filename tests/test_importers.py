@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -78,7 +80,8 @@ def authors(tmp_path, monkeypatch):
         config, parts = cls(), module.split(".")
         modules = [types.ModuleType(".".join(parts[: n + 1])) for n in range(len(parts))]
         setattr(modules[-1], name, cls)
-        size = {"d_in": len(w["b_dec"]), "expansion_factor": 4, "d_sae": 4 * len(w["b_dec"])}
+        d_in = len(next(value for name, value in w.items() if name.endswith("b_dec")))
+        size = {"d_in": d_in, "expansion_factor": 4, "d_sae": 4 * d_in}
         rest = {
             "device": torch.device("cuda"),
             "dtype": torch.float32,
@@ -578,3 +581,54 @@ def test_command_line(tmp_path, authors, capsys):
         main(["--help"])
     assert caught.value.code == 0 and "SOURCE_PATH" in capsys.readouterr().out
     assert {str(source) for source in Source} >= {"patchsae", "saelens", "saev", "sparsify", "prisma"}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec"])
+def test_one_number_that_is_not_finite_is_refused_by_its_name_there(tmp_path, authors, name, value):
+    w = weights()
+    w[name].view(-1)[5] = value
+    theirs = {"W_enc": "encoder.weight", "W_dec": "decoder.weight", "b_enc": "encoder.bias"}.get(name, name)
+    save_file(w, tmp_path / "sae_weights.safetensors")
+    write_json(tmp_path / "cfg.json", {"d_in": D_IN, "d_sae": D_SAE})
+    for path, tensor in (
+        (tmp_path, name),
+        (authors(w), name),
+        (
+            write_dictionary(tmp_path / "d", linear(w, "bias"), "AutoEncoder"),
+            theirs.replace("b_dec", "bias"),
+        ),
+    ):
+        with pytest.raises(PatchSAEError, match=f"has NaN or infinite values in {tensor}: fetch"):
+            import_sae(path)
+
+
+def test_a_number_that_float32_cannot_hold_is_refused(authors):
+    w = {name: value.double() for name, value in weights().items()}
+    w["b_enc"][2] = 1e300
+    with pytest.raises(PatchSAEError, match="infinite values in b_enc"):
+        import_sae(authors(w))
+
+
+def test_a_decoder_row_of_zeros_stays_one(tmp_path):
+    w = weights()
+    w["W_dec"][3] = 0
+    sae = import_sae(
+        write_dictionary(tmp_path, w | {"threshold": torch.ones(D_SAE)}, "JumpReluAutoEncoder")
+    )
+    assert not sae.W_dec[3].any() and not sae.encode(tokens())[:, 3].any()
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model."])
+def test_what_wrappers_put_before_the_names_of_weights_is_removed(authors, prefix):
+    plain = import_sae(authors(weights()))
+    wrapped = import_sae(authors({prefix + name: value for name, value in weights().items()}))
+    assert wrapped.fingerprint() == plain.fingerprint()
+
+
+def test_numpy_numbers_arrays_and_paths_in_a_configuration_are_plain_values(authors):
+    beside = {"curve": np.arange(6.0), "out": Path("runs/1"), "seed": np.int64(3), "best": np.float32(0.5)}
+    sae = import_sae(authors(weights(), l1_coefficient=np.float64(0.25), use_ghost_grads=False, **beside))
+    assert sae.config.l1 == 0.25 and type(sae.config.l1) is float
+    with pytest.raises(PatchSAEError, match="l1_coefficient is .* where a number belongs"):
+        import_sae(authors(weights(), l1_coefficient=np.array([0.25])))

@@ -321,3 +321,25 @@ def test_a_sweep_has_all_latents_on_and_off_without_being_asked(tmp_path, atlas)
         run(tmp_path / str(len(k)), atlas, replace(CONFIG, sizes=k)) for k in (SIZES, SIZES[:-1])
     )
     assert short.k.values.tolist() == list(SIZES) and short.identical(whole)
+
+
+def test_weights_or_texts_that_are_not_finite_get_no_accuracy(tmp_path, atlas):
+    sae = tiny_sae()
+    sae.b_dec.data[0] = torch.nan
+    with pytest.raises(PatchSAEError, match="has NaN or infinite values in b_dec"):
+        run(tmp_path, atlas, sae=sae)
+    text = torch.ones(10, 16)
+    text[4, 2] = torch.nan
+    with pytest.raises(PatchSAEError, match="what tiny answers has NaN or infinite values"):
+        run(tmp_path, atlas, text=text)
+    assert not list(tmp_path.glob("*/manifest.json"))
+
+
+def test_chunks_of_fewer_images_are_no_sweep(tmp_path, atlas, monkeypatch):
+    judge = masking._judge
+    monkeypatch.setattr(masking, "_judge", lambda *a: {k: v[1:] for k, v in judge(*a).items()})
+    with pytest.raises(PatchSAEError, match="hold 35 of the 40 images of 'masked'; delete that folder"):
+        run(tmp_path, atlas)
+    assert not list(tmp_path.glob("*/manifest.json"))
+    with pytest.raises(PatchSAEError, match="batch_size=0 must be"):
+        sweep(tiny_sae(), tiny_backbone(), scenes(), text, atlas, CONFIG, tmp_path, "tiny", batch_size=0)

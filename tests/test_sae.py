@@ -1,5 +1,6 @@
 """The autoencoder's equations against the released code's numbers and against their definitions."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -130,3 +131,37 @@ def test_bad_input_is_named(tmp_path):
         SAEConfig(d_in=8, loss="huber")
     with pytest.raises(PatchSAEError, match="expansion=0"):
         SAEConfig(d_in=8, expansion=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec"])
+def test_one_number_that_is_not_finite_is_refused(tmp_path, name, value):
+    sae = random_sae()
+    getattr(sae, name).data.view(-1)[3] = value
+    with pytest.raises(PatchSAEError, match=f"this SAE has NaN or infinite values in {name}"):
+        sae.fingerprint()
+    sae.save(tmp_path)
+    with pytest.raises(PatchSAEError, match=f"sae.safetensors' has NaN or infinite values in {name}"):
+        SAE.load(tmp_path)
+
+
+@pytest.mark.parametrize(("change", "match"), [
+    ({"d_in": "x"}, "d_in='x' must be a whole number"), ({"d_in": 16.0}, "d_in=16.0 must be a whole"),
+    ({"d_in": True}, "d_in=True must be"), ({"expansion": "4"}, "expansion='4' must be a finite number"),
+    ({"expansion": float("inf")}, "expansion=inf must be a finite"), ({"l1": []}, r"l1=\[\] must be"),
+    ({"expansion": 1e308}, "makes no number of latents"),
+    ({"expansion": 0.001}, "makes no number of latents"),
+    ({"k": "3", "activation": "topk"}, "k='3' must be a whole number"), ({"k": None}, "k=None must be"),
+    ({"ghost": "no"}, "ghost='no' must be true or false"), ({"subtract_b_dec": 0}, "subtract_b_dec=0 must"),
+    ({"cls_weight": float("nan")}, "cls_weight=nan must"), ({"activation": ["relu"]}, "is unknown; choose"),
+    ({"d_in": 10**6, "expansion": 64}, r"64000000 latents of width 1000000, but .* shape \[64, 16\]"),
+    ("[1]", "has other fields"), ("3", "has other fields"), ("[" * 100_000, "holds no readable SAE"),
+    ("{}", "has other fields"), ("{", "holds no readable SAE"),
+])  # fmt: skip
+def test_a_configuration_of_wrong_types_is_refused_by_its_field(tmp_path, change, match):
+    file = random_sae().save(tmp_path) / "sae.json"
+    text = change if isinstance(change, str) else json.dumps(json.loads(file.read_text()) | change)
+    file.write_text(text)
+    with pytest.raises(PatchSAEError, match=match) as error:
+        SAE.load(tmp_path)
+    assert "\n" not in str(error.value)

@@ -95,7 +95,7 @@ def of_prompts(root: Path) -> dict:
 
 
 def of_ablation(root: Path) -> dict:
-    sweep = sweep_of(save_model(root), root)
+    sweep = sweep_of(save_model(root), root, l1=5e-4)  # not the scale's, which may change
     images, test = tiny_images(), tiny_images().subset(range(24))
     sweep = replace(sweep, cls_train=replace(sweep.cls_train, images=48))
     rows = ablation.run_rows({"cls": CLS}, sweep, {CLS.tokens: images}, test, root, progress=False)

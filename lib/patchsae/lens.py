@@ -28,7 +28,8 @@ from patchsae.images.files import FileImages, FolderImages, class_folders, files
 from patchsae.images.sets import ImageSet
 from patchsae.latents.atlas import AtlasConfig, make_atlas
 from patchsae.latents.maps import masked_images
-from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.errors import PatchSAEError, printable
+from patchsae.runs.hub import fetch, hub_name
 from patchsae.sae.importers import import_sae
 from patchsae.sae.model import CONFIG, SAE, SAEConfig
 from patchsae.training.starts import Start
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from patchsae.explorer import Explorer
 
 RESULTS = "results"
-HUB = "hf:"
 UNMOVED = 0.9  # mean cosine of decoder rows with their random start, above which nothing was learned
 
 
@@ -95,7 +95,7 @@ def open_images(folder: str | Path, clip: Backbone) -> FileImages:
             raise PatchSAEError(
                 f"'{folder}' holds pictures and folders of pictures; put the former into a folder, too."
             )
-        one = folder.resolve().name
+        one = printable(folder.resolve().name)
         return FileImages(folder, names, np.zeros(len(names), np.int64), (one,), clip.frame, one, "all")
     return FolderImages(folder, clip.frame, split="all")
 
@@ -151,25 +151,13 @@ def load_sae(source: str | Path, clip: Backbone) -> Lens:
     PatchSAEError : it is missing or damaged, cannot be fetched, or is of another width than the tokens.
     """
     name = str(source)
-    path = _fetched(name.removeprefix(HUB)) if name.startswith(HUB) else Path(name).expanduser()
+    hub = hub_name(name)
+    path = fetch(hub, ("*.safetensors", "*.json", "*.yaml")) if hub else Path(name).expanduser()
     if not path.exists():
         raise PatchSAEError(f"there is no file or folder '{path}'; give one that holds an autoencoder.")
     own = path.is_dir() and (path / CONFIG).is_file()
     sae = SAE.load(path, clip.device) if own else import_sae(path).to(clip.device)
     return Lens(clip, sae, name)
-
-
-def _fetched(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.yaml"]))
-    except Exception as error:  # no network, no such name, no right to it: the remedy is one
-        first = str(error).strip().partition("\n")[0][:160].rstrip(" .:")
-        raise PatchSAEError(
-            f"'{name}' could not be fetched from the Hugging Face hub ({type(error).__name__}: {first}); "
-            "correct the name, or fetch it where there is a network and give the folder."
-        ) from error
 
 
 def describe(

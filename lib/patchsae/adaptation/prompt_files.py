@@ -30,6 +30,7 @@ from patchsae.adaptation.prompts import (
 )
 from patchsae.clip.backbone import Backbone
 from patchsae.images.benchmark_table import RECIPES
+from patchsae.runs.checks import check_weights
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.restricted_pickle import read_pickle
 from patchsae.runs.stage import write_atomic, write_json
@@ -262,9 +263,6 @@ def _adapted(
     _compare(
         path, {k: list(v.shape) for k, v in tensors.items()}, {k: list(v.shape) for k, v in own.items()}
     )
-    if bad := [key for key, value in tensors.items() if not torch.isfinite(value).all()]:
-        raise PatchSAEError(
-            f"{path} has NaN or infinite values in {bad[0]}: fetch it again, or train again."
-        )
+    check_weights(path, tensors)
     prompts.load_state_dict({key: value.float() for key, value in tensors.items()})
     return AdaptedBackbone(backbone, prompts)

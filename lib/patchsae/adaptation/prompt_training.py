@@ -259,7 +259,8 @@ class _Run:
             pictures = tower.pool(tower.run(tokens, 0, adapted.n_blocks))
             fixed = isinstance(texts, Tensor)  # no word is learned
             words = texts if fixed else adapted.class_embeddings(texts)
-        logits = zero_shot_logits(adapted, pictures, F.normalize(words.float(), dim=-1))
+        words = F.normalize(words.float(), dim=-1)
+        logits = zero_shot_logits(adapted, pictures, words, checked=False)  # the loss below is
         loss = F.cross_entropy(logits, target)
         self.optimizer.zero_grad()
         loss.backward()

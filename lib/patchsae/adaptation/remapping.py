@@ -19,8 +19,9 @@ from torch import Tensor
 from patchsae.clip.backbone import Backbone, zero_shot_logits
 from patchsae.clip.tail import Tail
 from patchsae.images.sets import ImageSet
-from patchsae.masking.sweep import chunks, read_chunk
+from patchsae.masking.sweep import check_whole, chunks, read_chunk
 from patchsae.masking.through import label_rank, text_digest
+from patchsae.runs.checks import check_counts
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.progress import progress_bar
 from patchsae.runs.stage import Stage, write_atomic
@@ -167,8 +168,10 @@ def mix_models(
 
     Raises
     ------
-    PatchSAEError : the backbones are cut after different blocks; a saved chunk is damaged.
+    PatchSAEError : a batch of no images; the backbones are cut after different blocks; a saved chunk
+        is damaged.
     """
+    check_counts(batch_size=batch_size)
     if plain.block != adapted.block:
         raise PatchSAEError(
             f"CLIP is cut after block {plain.block}, the adapted model after {adapted.block}; "
@@ -188,6 +191,7 @@ def mix_models(
         paths = list(_mix(sae, (plain, adapted), images, texts, batch_size, progress, stage))
         parts = [read_chunk(part, "these mixtures")["rank"] for part in paths]
         ranks = np.concatenate(parts, -1)
+        check_whole(ranks.shape[-1], images, stage)
         write_atomic(path, lambda temporary: save_file({"rank": ranks}, temporary))
         stage.finish(images=len(images))
         for part in paths:

@@ -34,6 +34,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 
 from patchsae.clip.files import brief, find_clip
 from patchsae.images.files import Frame, as_frame
+from patchsae.runs.checks import check_counts, check_finite
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.progress import progress_bar
 
@@ -324,6 +325,7 @@ def zero_shot_weights(
     Raises PatchSAEError for an empty list and for a template without `{}`.
     """
     templates = [templates] if isinstance(templates, str) else list(templates)
+    check_counts(batch_size=batch_size)
     if isinstance(classnames, str) or not len(classnames):
         raise PatchSAEError(f"classnames is {classnames!r}: give a list of at least one name.")
     if not templates:
@@ -345,14 +347,19 @@ def zero_shot_weights(
     return F.normalize(weights, dim=-1) if renormalize else weights
 
 
-def zero_shot_logits(backbone: Backbone, embeddings: Tensor, weights: Tensor) -> Tensor:
+def zero_shot_logits(
+    backbone: Backbone, embeddings: Tensor, weights: Tensor, checked: bool = True
+) -> Tensor:
     """Return logit_scale · cos(image, class) + logit_bias, [B, n_classes] float32.
 
     embeddings [B, e] may have any length; weights [n_classes, e] count by the length they have,
     so that `renormalize=False` ranks classes as the released code does.
+    Raises PatchSAEError for logits that are not finite, unless the caller looks at them itself.
     """
     cosine = F.normalize(embeddings.float(), dim=-1) @ weights.float().T
-    return backbone.logit_scale * cosine + backbone.logit_bias
+    logits = backbone.logit_scale * cosine + backbone.logit_bias
+    remedy = "use dtype float32, or check the weights of the model, of its texts and of the SAE"
+    return check_finite(f"what {backbone.name} answers", logits, remedy) if checked else logits
 
 
 def __getattr__(name: str):

@@ -8,10 +8,12 @@ import difflib
 import logging
 import warnings
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from patchsae.runs import compat  # noqa: F401  (must come before open_clip)
@@ -20,10 +22,12 @@ from patchsae.runs import compat  # noqa: F401  (must come before open_clip)
 import open_clip
 from open_clip import pretrained as published
 from open_clip.convert import convert_state_dict
-from open_clip.factory import load_state_dict
 from open_clip.model import convert_to_custom_text_state_dict
 
+from patchsae.runs.checks import check_weights
 from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.hub import fetch, hub_name
+from patchsae.runs.restricted_pickle import plain_names, read_pickle
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 VOCABULARY = "bpe_simple_vocab.txt.gz"  # optional third file of a model folder: a shortened one
@@ -75,11 +79,23 @@ class ClipSource:
                     "pretrained=<file>."
                 ) from error
         if path is None:
+            warnings.warn(
+                f"{self.name} has random weights, so that nothing it says means anything: give "
+                "pretrained=<tag or file> (`--pretrained`) for real ones.",
+                stacklevel=3,
+            )
             return
         state = _read_weights(path)
         numbers = [state.pop(k, None) for k in ("input_resolution", "context_length", "vocab_size")]
         if all(number is not None for number in numbers):  # only OpenAI's archives carry these
             self._check_activation(config, True, str(path))
+        elif not self.tag:
+            self._ask_activation(config, path)
+        if {"vision_model", "text_model"} <= {key.partition(".")[0] for key in state}:
+            raise PatchSAEError(
+                f"{path} has the layout of transformers, not open_clip's: fetch "
+                "open_clip_model.safetensors of the same model, or convert the file."
+            )
         state = convert_state_dict(model, state)
         if not hasattr(model, "positional_embedding"):
             state = convert_to_custom_text_state_dict(state)
@@ -93,6 +109,7 @@ class ClipSource:
                     f"{path} does not fit {self.name}: {key} is {file} in the file and {here} in "
                     "the model; name the model that the file was made for."
                 )
+        check_weights(path, {key: state[key] for key, _ in model.named_parameters()})
         model.load_state_dict(state)
 
     def tokenizer(self, vocab_size: int | None):
@@ -125,13 +142,26 @@ class ClipSource:
             wrong = f"{self.name} would run {weights} with the wrong GELU"
             raise PatchSAEError(f"{wrong}: use the model {right}.")
 
+    def _ask_activation(self, config: dict, weights: Path) -> None:
+        # a state dict does not tell; those tuned from OpenAI's came with the other GELU (facts.md §3)
+        quick = f"{self.name}-quickgelu"
+        if not self.in_folder and not config.get("quick_gelu") and quick in open_clip.list_models():
+            warnings.warn(
+                f"{weights} does not say which GELU it was trained with, and {self.name} computes the "
+                f"exact one: if it was tuned from OpenAI's weights, use the model {quick}.",
+                stacklevel=4,
+            )
+
 
 def find_clip(name, pretrained=None) -> ClipSource:
     """Find the model that `name` and `pretrained` mean (as in `load_backbone`), or refuse."""
     name = str(name)
+    if hub := hub_name(name):
+        folder = fetch(hub, ("open_clip_config.json", WEIGHTS, "*.json", "*.txt", "*.model"))
+        return replace(find_clip(folder, pretrained), name=hub)
     folder = Path(name.removeprefix("local-dir:"))
     models = {model.lower(): model for model in open_clip.list_models()}
-    wanted = name.replace("/", "-")  # open_clip also takes ViT-B/32
+    wanted = name.replace("/", "-").replace("@336px", "-336")  # OpenAI's own: ViT-B/32, ViT-L/14@336px
     if (folder / CONFIG).is_file():
         weights, vocabulary = folder / WEIGHTS, folder / VOCABULARY
         if pretrained is not None:
@@ -187,12 +217,26 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
                 if any(entry.endswith("/constants.pkl") for entry in archive.namelist()):
-                    # TorchScript, which torch.load(weights_only) and so open_clip refuse
+                    # TorchScript, which torch.load(weights_only) refuses
                     warnings.simplefilter("ignore")
                     return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
-        return dict(load_state_dict(str(path), weights_only=True))
+        state = load_file(path) if path.suffix == ".safetensors" else _state_dict(read_pickle(path))
+        return plain_names({key: value for key, value in state.items() if isinstance(value, Tensor)})
     except Exception as error:  # each format has its own errors for a damaged or foreign file
+        why = brief(error)
+        if isinstance(error, PatchSAEError):
+            why = str(error).removeprefix(f"{path} ").partition(":")[0]
         raise PatchSAEError(
-            f"{path} holds no weights that can be read safely ({brief(error)}): give "
+            f"{path} holds no weights that can be read safely ({why}): give "
             "safetensors, a plain state dict or OpenAI's TorchScript archive."
         ) from error
+
+
+def _state_dict(content: object) -> Mapping[str, object]:
+    """Find the weights in what a training saved, which has them under one of these names or bare."""
+    for name in ("state_dict", "model_state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            return content[name]
+    if not isinstance(content, Mapping):
+        raise PatchSAEError(f"it holds a {type(content).__name__}, no named weights")
+    return content

@@ -6,7 +6,6 @@ import io
 import json
 import re
 import shutil
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from html import escape
@@ -17,7 +16,7 @@ from urllib.parse import quote
 
 import anywidget
 import traitlets
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from patchsae.explorer.blocks import (
@@ -30,6 +29,7 @@ from patchsae.explorer.blocks import (
 )
 from patchsae.explorer.data import activations
 from patchsae.images.files import resize_and_crop
+from patchsae.images.reading import UnreadableImage, read_image
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.stage import project_root, write_atomic
 from patchsae.sae.model import SAE
@@ -39,9 +39,7 @@ SOURCE = "\n".join(  # one module, for neither anywidget nor a page from disk co
     (STATIC / name).read_text(encoding="utf-8")
     for name in ("numbers.js", "charts.js", "elements.js", "latents.js", "explorer.js")
 )
-MEGAPIXELS = 100  # a larger image is refused before it is decoded; any other is resized as CLIP's own are
 PAGES = (".html", ".htm")
-LONGEST = 50  # times as long as wide: resizing a strip's short side would make the long one huge
 
 
 class Explorer(anywidget.AnyWidget):
@@ -222,29 +220,17 @@ def read_picture(source: str | Path | bytes, title: str = "") -> tuple[Image.Ima
     """Decode an image in RGB and name it.
 
     A photo is turned as its EXIF data say, as browsers show it. Raises PatchSAEError for a missing file,
-    what is no image, more than 100 megapixels, and a strip more than 50 times as long as wide.
+    what is no image, more than 100 megapixels, and a strip more than 100 times as long as wide.
     """
     by_content = isinstance(source, bytes)
     title = title or ("uploaded image" if by_content else Path(source).name)
     if not by_content and not Path(source).expanduser().is_file():
         raise PatchSAEError(f"There is no file {Path(source).expanduser().absolute()}: correct the path.")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is our own
-            file = Image.open(io.BytesIO(source) if by_content else Path(source).expanduser())
-        with file:
-            pixels, (short, long) = file.width * file.height, sorted(file.size)
-            if pixels <= MEGAPIXELS * 1e6 and long <= LONGEST * short:
-                return ImageOps.exif_transpose(file).convert("RGB"), title
-    except Image.DecompressionBombError:
-        pixels = float("inf")
-    except Exception as error:  # Pillow's decoders raise errors of many kinds on damaged files
+        content = io.BytesIO(source) if by_content else Path(source).expanduser()
+        return read_image(content, title, upright=True), title
+    except UnreadableImage as error:
         raise PatchSAEError(
-            f"{title} is no image that can be read ({type(error).__name__}): choose a PNG or JPEG file."
+            f"{title} is no image that can be read ({type(error.__cause__).__name__}): choose a PNG or "
+            "JPEG file."
         ) from error
-    if pixels <= MEGAPIXELS * 1e6:
-        raise PatchSAEError(
-            f"{title} is {long} pixels long and {short} wide, more than {LONGEST} times: cut out a part."
-        )
-    size = f"{pixels / 1e6:,.0f} megapixels, more" if pixels < float("inf") else "far more"
-    raise PatchSAEError(f"{title} has {size} than {MEGAPIXELS} megapixels: make it smaller.")

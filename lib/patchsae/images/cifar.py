@@ -134,7 +134,9 @@ _STAND_INS = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    """Python's own unpickler: that in C gives memory to whatever memo index twelve bytes may name."""
+
     def find_class(self, module: str, name: str) -> object:
         # numpy renamed its package between its first and second version
         full = f"{module}.{name}".removeprefix("numpy.core.").removeprefix("numpy._core.")
@@ -146,6 +148,8 @@ class _Unpickler(pickle.Unpickler):
 def _read(path: Path, remedy: str) -> tuple[dict, bytes]:
     try:
         source = path.read_bytes()
+        if not source.endswith(pickle.STOP):  # cut off, perhaps within a name, which would be believed
+            raise EOFError
         content = _Unpickler(io.BytesIO(source), encoding="bytes").load()
         # Python 2 wrote the names as bytes
         named = {_text(key): value for key, value in content.items()}

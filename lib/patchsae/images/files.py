@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from patchsae.images.reading import SUFFIXES, read_image
+from patchsae.images.reading import VERSION as READING
 from patchsae.images.sets import Batch, ImageSet
-from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.errors import PatchSAEError, printable
 
 RESIZE = {
     "shortest": "resized and cropped to",
@@ -22,7 +24,11 @@ RESIZE = {
     "squash": "resized, in both directions, to",
 }
 INTERPOLATION = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+# what systems and archive programs put beside a person's folders; any name is compared in lower case
+NO_CLASSES = {
+    *("__macosx", "__pycache__", "lost+found", "system volume information"),
+    *("@eadir", "#recycle", "@recycle", "@recently-snapshot", "#snapshot", "$recycle.bin", "recycler"),
+}
 
 
 class Frame(NamedTuple):
@@ -137,7 +143,7 @@ class FileImages(ImageSet):
         # size and time of change stand for the content: ImageNet's cannot be read at every start.
         # Kept, because asking for those of 1.28 million files takes seconds.
         if self._fingerprint is None:
-            content = hashlib.sha256(json.dumps([frame_key(self.frame), len(self)]).encode())
+            content = hashlib.sha256(json.dumps([frame_key(self.frame), len(self), READING]).encode())
             content.update(self.labels.tobytes())
             for index in range(len(self)):
                 name = self.paths.name(index)
@@ -155,7 +161,8 @@ class FileImages(ImageSet):
 class FolderImages(FileImages):
     """One folder per class (torchvision's ImageFolder layout), decoded on demand as FileImages are.
 
-    Class folders and files are taken in sorted order; hidden ones are left out.
+    Class folders and files are taken in sorted order; hidden ones, and what a system puts beside a person's
+    folders (`__MACOSX`, `@eaDir`), are left out.
 
     Parameters
     ----------
@@ -189,21 +196,30 @@ class FolderImages(FileImages):
                 f"'{root}' has {len(folders)} class folders but {len(classnames)} class names were "
                 f"given; complete the folder."
             )
-        classnames = classnames or [folder.replace("_", " ") for folder in folders]
-        super().__init__(root, names, labels, classnames, frame, root.name, split)
+        classnames = classnames or [printable(folder).replace("_", " ") for folder in folders]
+        super().__init__(root, names, labels, classnames, frame, printable(root.name), split)
 
 
 def class_folders(root: Path) -> list[str]:
-    """List the names of the sub-folders of `root`, sorted, hidden ones left out."""
+    """List the names of the sub-folders of `root` that a person made, sorted."""
     with os.scandir(root) as entries:
-        return sorted(entry.name for entry in entries if entry.name[0] != "." and entry.is_dir())
+        return sorted(entry.name for entry in entries if _wanted(entry.name) and entry.is_dir())
 
 
 def files_in(folder: Path) -> list[str]:
     """List the names of the images that lie in a folder itself, sorted, hidden ones left out."""
     with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if entry.name[0] != "." and entry.is_file())
-    return [name for name in names if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
+        names = sorted(entry.name for entry in entries if _wanted(entry.name) and entry.is_file())
+    return [name for name in names if is_image(name)]
+
+
+def is_image(name: str) -> bool:
+    """Tell by its name whether a file is an image."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def _wanted(name: str) -> bool:
+    return name[0] != "." and name.lower() not in NO_CLASSES
 
 
 def files_by_class(root: Path, folders: Sequence[str]) -> tuple[list[str], np.ndarray]:
@@ -215,13 +231,14 @@ def files_by_class(root: Path, folders: Sequence[str]) -> tuple[list[str], np.nd
 
 def _images_in(root: Path, folder: str) -> list[str]:
     with os.scandir(root / folder) as entries:
-        entries = sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name)
+        entries = sorted((entry for entry in entries if _wanted(entry.name)), key=lambda entry: entry.name)
     names: list[str] = []
     for entry in entries:
-        if os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
+        if entry.is_dir():
+            if not entry.is_symlink():  # a link may lead back up
+                names += _images_in(root, f"{folder}/{entry.name}")
+        elif is_image(entry.name):
             names.append(f"{folder}/{entry.name}")
-        elif entry.is_dir(follow_symlinks=False):  # a link may lead back up
-            names += _images_in(root, f"{folder}/{entry.name}")
     return names
 
 
@@ -230,18 +247,19 @@ def load_image(path: str | Path, frame: int | Frame) -> torch.Tensor:
 
     Raises
     ------
-    PatchSAEError : the file is missing or is no readable image.
+    PatchSAEError : as `open_image`.
     """
     return resize_and_crop(open_image(path), frame)
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Decode one file in RGB at its own size; raises PatchSAEError as `load_image` does."""
-    try:
-        with Image.open(path) as file:
-            return file.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise errors of many kinds on damaged files
-        raise PatchSAEError(f"cannot read image '{path}' ({error}); replace or remove the file.") from error
+    """Decode one file in RGB at its own size.
+
+    Raises
+    ------
+    PatchSAEError : the file is missing or is no readable image; it is too large, or a strip (`read_image`).
+    """
+    return read_image(path, f"image '{path}'")
 
 
 def resize_and_crop(image: Image.Image, frame: int | Frame) -> torch.Tensor:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from patchsae.runs.checks import check_counts
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.progress import progress_bar
 
@@ -71,7 +72,13 @@ class ImageSet(ABC):
         indices: Sequence[int] | None = None,
         progress: str | None = None,
     ) -> Iterator[Batch]:
-        """Iterate over the set (or `indices`) in order; `progress` names a tqdm bar."""
+        """Iterate over the set (or `indices`) in order; `progress` names a tqdm bar.
+
+        Raises
+        ------
+        PatchSAEError : a batch size below 1, with which there would be no batch.
+        """
+        check_counts(batch_size=batch_size)
         order = np.arange(len(self)) if indices is None else np.asarray(indices)
         starts = range(0, len(order), batch_size)
         for start in progress_bar(starts, desc=progress, unit="batch", shown=progress is not None):

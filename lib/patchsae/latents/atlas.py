@@ -18,6 +18,7 @@ from patchsae.images.sets import ImageSet
 from patchsae.latents.accumulator import EDGES, Accumulator
 from patchsae.latents.label_statistics import label_entropy, label_std, reference_entropy, reference_std
 from patchsae.runs.cadence import Cadence
+from patchsae.runs.checks import check_counts
 from patchsae.runs.errors import PatchSAEError, choose
 from patchsae.runs.progress import progress_bar
 from patchsae.runs.ranks import Ranks, join
@@ -92,10 +93,12 @@ def make_atlas(
 
     Raises
     ------
-    PatchSAEError : k exceeds the images, or those that can be read; a label is outside the class names; a
-        class is empty, or nothing of it can be read; an image cannot be read and on_error is 'raise'; a
-        token is not finite; a saved part is damaged.
+    PatchSAEError : a batch of no images; k exceeds the images, or those that can be read; a label is
+        outside the class names; a class is empty, or nothing of it can be read; an image cannot be read
+        and on_error is 'raise'; a token or weight is not finite; a saved part is damaged.
     """
+    check_counts(batch_size=batch_size)
+    check_counts(0, workers=workers)
     check(images, config)
     inputs = {
         "images": images.fingerprint(),
@@ -258,6 +261,11 @@ class _Pass:
             for i, why in sorted((int(i), why) for i, why in self.skipped.items())
             if not sums.seen[i]
         ]
+        if sums.images + len(skipped) != len(self.images):
+            raise PatchSAEError(
+                f"the pass over '{self.images.name}' saw {sums.images} of {len(self.images)} images, so it "
+                f"is not finished; delete {self.stage.path}, then run again."
+            )
         if skipped:
             unread = (
                 f" that can be read: correct the files and run again ({len(skipped)} failed; the first: "

@@ -19,6 +19,7 @@ from torch import Tensor
 from patchsae.clip.backbone import Backbone
 from patchsae.latents.maps import Fired, covered_pixels, fired
 from patchsae.latents.spatial import morans_i
+from patchsae.runs.checks import check_counts
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.progress import progress_bar
 from patchsae.runs.threads import ranges, spread
@@ -107,8 +108,9 @@ def score_latents(
 
     Raises
     ------
-    PatchSAEError : a set without masks; τ < 0; no image with a visible object.
+    PatchSAEError : a batch of no images; a set without masks; τ < 0; no image with a visible object.
     """
+    check_counts(batch_size=batch_size)
     if not tau >= 0:
         raise PatchSAEError(f"tau={tau} must not be negative; the paper uses 0.2.")
     if bad := [name for name, images in sets.items() if not hasattr(images, "scenes")]:

@@ -24,6 +24,7 @@ from patchsae.images.sets import ImageSet
 from patchsae.masking.masked_tokens import SWITCHES, Mode, bucket_tables, masked_tokens
 from patchsae.masking.rankings import CLASS, PREDICTED, RANDOM, Ranking, check_atlas, rankings
 from patchsae.masking.through import label_rank, text_digest
+from patchsae.runs.checks import check_counts
 from patchsae.runs.errors import PatchSAEError, choose
 from patchsae.runs.intervals import bootstrap
 from patchsae.runs.progress import progress_bar
@@ -177,9 +178,11 @@ def sweep(
 
     Raises
     ------
-    PatchSAEError : the atlas is of another SAE, backbone, block or set of classes; a class has no image in
-        it; a size exceeds the latents; a label is outside the classes; a saved chunk is damaged.
+    PatchSAEError : a batch of no images; the atlas is of another SAE, backbone, block or set of classes; a
+        class has no image in it; a size exceeds the latents; a label is outside the classes; a logit is
+        not finite; a saved chunk is damaged.
     """
+    check_counts(batch_size=batch_size)
     check_atlas(atlas, sae, sae_hash, atlas_backbone or backbone, images.classnames)
     if len(text) != len(images.classnames):
         raise PatchSAEError(
@@ -223,6 +226,15 @@ def chunks(images: ImageSet, stage: Stage) -> dict[Path, np.ndarray]:
         )
         for start in range(0, len(images), CHUNK_IMAGES)
     }
+
+
+def check_whole(rows: int, images: ImageSet, stage: Stage) -> None:
+    """Refuse to finish a stage whose chunks hold another number of images than its set."""
+    if rows != len(images):
+        raise PatchSAEError(
+            f"the chunks in {stage.path} hold {rows} of the {len(images)} images of '{images.name}'; "
+            f"delete that folder, then run again."
+        )
 
 
 def read_chunk(path: Path, of: str) -> dict[str, np.ndarray]:
@@ -273,6 +285,7 @@ def _judge(plain: Tensor, masked: Tensor, labels: Tensor) -> dict[str, np.ndarra
 def _finish(masker: Masker, images: ImageSet, atlas: xr.Dataset, stage: Stage) -> None:
     paths = list(chunks(images, stage))
     parts = [read_chunk(path, "this sweep") for path in paths]
+    check_whole(sum(len(part["rank"]) for part in parts), images, stage)
     dims = ("image", "ranking", "switch", "k")
     units = {"prediction": "class number", "rank": "classes before the true one", "cross_entropy": "nat"}
     data = {"label": ("image", images.labels, {"units": "class number"})}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from patchsae.clip.backbone import Backbone, zero_shot_logits
 from patchsae.images.sets import ImageSet, short_hash
+from patchsae.runs.checks import check_finite
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.intervals import Interval, wilson
 from patchsae.sae.model import SAE
@@ -82,7 +83,14 @@ class ContrastiveLoss(NamedTuple):
 def reconstruction(
     sae: SAE, backbone: Backbone, images: ImageSet, tokens: Tokens = Tokens.ALL, batch_size: int = 32
 ) -> Reconstruction:
-    """Measure an SAE on every token of an image set, in one pass and float64 sums."""
+    """Measure an SAE on every token of an image set, in one pass and float64 sums.
+
+    Raises
+    ------
+    PatchSAEError : the set is empty; what the SAE makes of a token is not finite.
+    """
+    if not len(images):
+        raise PatchSAEError(f"'{images.name}' has no images to measure on; give others.")
     columns = torch.from_numpy(token_columns(backbone, tokens)).to(backbone.device)
     n, mse, cosine, l0, l1, error = 0, 0.0, 0.0, 0.0, 0.0, 0.0
     total = torch.zeros(sae.d_in, dtype=torch.float64, device=backbone.device)
@@ -91,7 +99,8 @@ def reconstruction(
     for batch in images.batches(batch_size, progress="measuring the SAE"):
         x = backbone.residual(backbone.normalize(batch.images))[:, columns].flatten(0, 1).float()
         f = sae.encode(x)
-        x_hat = sae.decode(f, x)
+        remedy = "check the weights of the SAE and of the model, and that the SAE is of this block"
+        x_hat = check_finite("what the SAE rebuilds", sae.decode(f, x), remedy)
         gap = (x - x_hat).square()
         n += len(x)
         mse += (gap.mean(-1) / x.norm(dim=-1)).sum().item()
@@ -268,7 +277,12 @@ def label_rank(logits: Tensor, labels: Tensor) -> Tensor:
 
     Equal logits come in the order of the classes, as argmax has it, so that of two classes of one name
     (facts.md §3) the second is never first.
+
+    Raises
+    ------
+    PatchSAEError : a logit is not finite; no class comes before NaN, which would make it a right answer.
     """
+    check_finite("what is ranked", logits, "use dtype float32, or check the weights")
     own = logits.gather(-1, labels[..., None])
     earlier = torch.arange(logits.shape[-1], device=logits.device) < labels[..., None]
     return ((logits > own) | ((logits == own) & earlier)).sum(-1)

@@ -3,8 +3,23 @@
 from enum import StrEnum
 
 
+def printable(text: object) -> str:
+    """Return text that every terminal, file and page can hold.
+
+    The name of a file may be bytes that are not UTF-8, which Python keeps as halves of characters.
+    """
+    text = str(text)
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # halves that stand for no byte
+        return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 class PatchSAEError(ValueError):
     """Tell in one sentence what was wrong with the input and what to do about it."""
+
+    def __init__(self, message: object = ""):
+        super().__init__(printable(message))
 
 
 def choose(config: object, name: str, kind: type[StrEnum]) -> None:

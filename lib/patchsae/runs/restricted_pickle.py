@@ -9,12 +9,14 @@ not grow.
 
 from __future__ import annotations
 
+import re
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
@@ -38,6 +40,58 @@ class StandIn:
         if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
             raise ForbiddenCall(f"{self.stands_for}.__setstate__")
         self.__dict__.update(state)
+
+
+class _Dtype(StandIn):
+    """What stands for a numpy dtype: its code and byte order."""
+
+    def __init__(self, code: object = "", *args: object):
+        self.code, self.order = code, ""
+
+    def __setstate__(self, state: object):
+        if isinstance(state, tuple) and len(state) > 1:
+            self.order = state[1]
+
+
+class _Array(StandIn):
+    """What stands for a numpy array beside the weights, such as a curve; its values are dropped."""
+
+    def __init__(self):
+        pass
+
+    def __setstate__(self, state: object):
+        pass
+
+
+def _array(*_: object) -> _Array:
+    return _Array()
+
+
+def _number(dtype: object, raw: object = b"") -> object:
+    """Make a Python number of a numpy scalar; what is none is dropped."""
+    code = f"{dtype.order}{dtype.code}" if isinstance(dtype, _Dtype) else ""
+    plain = re.fullmatch(r"[<>|=]?[biuf]([1248])", code)
+    if not plain or not isinstance(raw, bytes) or len(raw) != int(plain[1]):
+        return _Array()
+    return np.frombuffer(raw, code)[0].item()
+
+
+def _path(*parts: object) -> str:
+    return "/".join(map(str, parts))
+
+
+# what trainings write beside the weights, made by a call; each becomes a plain value or nothing
+PLAIN = {
+    "numpy.dtype": _Dtype,
+    "numpy.ndarray": _Array,
+    **{f"numpy.{core}.multiarray._reconstruct": _array for core in ("core", "_core")},
+    **{f"numpy.{core}.multiarray.scalar": _number for core in ("core", "_core")},
+    **{
+        f"pathlib{module}.{name}": _path
+        for module in ("", "._local")
+        for name in ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
+    },
+}
 
 
 class ForbiddenCall(Exception):
@@ -72,6 +126,16 @@ def read_pickle(path: Path, start: int = 0) -> object:
         ) from error
 
 
+def plain_names(state: Mapping[str, object]) -> dict[str, object]:
+    """Remove what wrappers put before the names of weights: data-parallel, torch.compile, Lightning."""
+    names = [str(name).replace("_orig_mod.", "") for name in state]
+    for _ in range(4):
+        for prefix in ("module.", "model."):
+            if names and all(name.startswith(prefix) for name in names):
+                names = [name.removeprefix(prefix) for name in names]
+    return dict(zip(names if len(set(names)) == len(names) else state, state.values(), strict=True))
+
+
 def _source(path: Path, data: bytes | None) -> Path | BytesIO:
     return path if data is None else BytesIO(data)
 
@@ -92,6 +156,8 @@ def _plain_dict(*_: object) -> dict:
 def _stand_in(name: str) -> tuple[Callable, str]:
     if name.partition(".")[0] in ("os", "posix", "nt", "sys"):  # no class of a configuration lives there
         raise ForbiddenCall(name)
+    if name in PLAIN:
+        return PLAIN[name], name
     if name == "collections.defaultdict":  # in files that hold an optimizer; made by a call
         return _plain_dict, name
     return type("StandIn", (StandIn,), {"stands_for": name}), name

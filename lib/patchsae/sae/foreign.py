@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from patchsae.runs.checks import check_weights
 from patchsae.runs.errors import PatchSAEError
-from patchsae.runs.restricted_pickle import StandIn, read_pickle
+from patchsae.runs.restricted_pickle import StandIn, plain_names, read_pickle
 from patchsae.sae.model import CONFIG
 
 
@@ -56,7 +57,7 @@ def open_checkpoint(path: Path, source: Source | str | None = None) -> Checkpoin
     pickled = {Source.PATCHSAE, Source.PRISMA, Source.DICTIONARY_LEARNING}  # one container, told by content
     if source not in (None, found.source) and not {source, found.source} <= pickled:
         raise PatchSAEError(f"{path} has the layout of {found.source}, not of {source}: name that source.")
-    return found._replace(source=Source(source or found.source))
+    return found._replace(source=Source(source or found.source), state=plain_names(found.state))
 
 
 def _open(path: Path, source: Source | str | None) -> Checkpoint:
@@ -207,10 +208,13 @@ def tensors(c: Checkpoint, layout: Layout, ignore: Collection[str] = ()) -> dict
                 f"{c.file} has {name} of shape {found}, not {expected}: the tensors and the configuration "
                 "belong to different SAEs, so fetch both again."
             )
-    return {
+    found = {
         ours: (c.state[theirs].T if dimensions == ("d_in", "d_sae") else c.state[theirs]).float()
         for ours, (theirs, dimensions) in layout.items()
     }
+    # after the conversion: what float64 holds may be infinite in float32
+    check_weights(c.file, {layout[ours][0]: value for ours, value in found.items()})
+    return found
 
 
 def _check_dense(file: Path, name: str, value: object) -> None:

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from patchsae.runs.checks import check_weights
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.stage import write_atomic, write_json
 from patchsae.sae.foreign import (
@@ -80,15 +81,18 @@ def import_sae(path: str | Path, source: Source | str | None = None) -> SAE:
     Raises
     ------
     PatchSAEError : the file is missing, damaged, of no known layout, at odds with its own configuration,
-        would run code, or describes an SAE that this project cannot express.
+        would run code, has weights that are not finite, or describes an SAE that this project cannot
+        express.
     """
     if source is not None and source not in list(Source):
         raise PatchSAEError(f"source='{source}' is unknown; choose one of {', '.join(Source)}.")
     try:
         checkpoint = open_checkpoint(Path(path), source)
-        return READERS[checkpoint.source](checkpoint)
+        sae = READERS[checkpoint.source](checkpoint)
     except OSError as error:
         raise PatchSAEError(f"{path} cannot be read ({error.strerror}): correct the path.") from error
+    check_weights(checkpoint.file, sae.state_dict())  # folding a constant may have made more of them
+    return sae
 
 
 @torch.no_grad()
@@ -309,7 +313,7 @@ def _fold_decoder_norms(sae: SAE) -> SAE:
     """Let latents of length ‖row of W_dec‖ times the stored ones come out of the weights, in place."""
     norm = sae.W_dec.norm(dim=-1)
     sae.W_enc *= norm[:, None]
-    sae.W_dec /= norm[:, None]
+    sae.W_dec /= torch.where(norm > 0, norm, 1)[:, None]  # a row of zeros stays one
     sae.b_enc *= norm
     if sae.config.activation is Activation.JUMPRELU:
         sae.threshold *= norm

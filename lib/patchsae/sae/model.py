@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import numbers
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from pathlib import Path
@@ -15,10 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from patchsae.runs.checks import check_counts, check_weights
 from patchsae.runs.errors import PatchSAEError, choose
 from patchsae.runs.stage import write_atomic, write_json
 
 WEIGHTS, CONFIG = "sae.safetensors", "sae.json"
+MOST_LATENTS = 2**31 - 1  # they are counted in 32 bits
 
 
 class Loss(StrEnum):
@@ -73,9 +76,22 @@ class SAEConfig:
     def __post_init__(self):
         for name, kind in (("loss", Loss), ("activation", Activation), ("input_norm", InputNorm)):
             choose(self, name, kind)
-        for name, least in (("d_in", 1), ("expansion", 1e-9), ("l1", 0.0), ("cls_weight", 0.0)):
-            if not getattr(self, name) >= least:
-                raise PatchSAEError(f"{name}={getattr(self, name)} must be at least {least}.")
+        # a configuration may come from a file of anybody's, where 0 is not False and '64' no number
+        check_counts(d_in=self.d_in)
+        check_counts(0, k=self.k)
+        for name, least in (("expansion", 1e-9), ("l1", 0.0), ("cls_weight", 0.0)):
+            value = getattr(self, name)
+            real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            if not real or not least <= value < float("inf"):
+                raise PatchSAEError(f"{name}={value!r} must be a finite number of at least {least}.")
+        for name in ("ghost", "subtract_b_dec"):
+            if not isinstance(getattr(self, name), bool):
+                raise PatchSAEError(f"{name}={getattr(self, name)!r} must be true or false.")
+        if not 0.5 < self.expansion * self.d_in <= MOST_LATENTS:  # 0.5 is rounded to none
+            raise PatchSAEError(
+                f"expansion={self.expansion} of d_in={self.d_in} makes no number of latents from 1 to "
+                f"{MOST_LATENTS}; give another."
+            )
         if self.activation in (Activation.TOPK, Activation.BATCHTOPK) and not 1 <= self.k <= self.d_sae:
             raise PatchSAEError(
                 f"activation='{self.activation}' needs k from 1 to {self.d_sae} latents; got k={self.k}."
@@ -270,7 +286,13 @@ class SAE(nn.Module):
         self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True).clamp(min=1e-12)
 
     def fingerprint(self) -> str:
-        """Return a sha256 over weights and configuration, independent of device and machine."""
+        """Return a sha256 over weights and configuration, independent of device and machine.
+
+        Raises
+        ------
+        PatchSAEError : a weight is not finite; nothing that is named after such weights means anything.
+        """
+        check_weights("this SAE", self.state_dict())
         content = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
         for name, weights in sorted(self.state_dict().items()):
             content.update(name.encode())
@@ -291,7 +313,7 @@ class SAE(nn.Module):
 
         Raises
         ------
-        PatchSAEError : a file is missing, damaged, or of another format.
+        PatchSAEError : a file is missing, damaged, of another format, or has weights that are not finite.
         """
         folder = Path(folder)
         try:
@@ -302,22 +324,34 @@ class SAE(nn.Module):
                 f"'{error.filename or folder}' does not exist; train an SAE first "
                 f"(notebook 01_training) or give the folder of one."
             ) from error
-        except (json.JSONDecodeError, SafetensorError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError, SafetensorError) as error:  # the first of JSON and of UTF-8
             raise PatchSAEError(
                 f"'{folder}' holds no readable SAE ({error}); delete the folder and train it again."
             ) from error
         known = {field.name for field in fields(SAEConfig)}
-        if set(values) != known:
+        if not isinstance(values, dict) or set(values) != known:
+            other = known ^ set(values) if isinstance(values, dict) else known
             raise PatchSAEError(
                 f"'{folder / CONFIG}' has other fields than this version's: "
-                f"{', '.join(sorted(known ^ set(values)))}; train the SAE again."
+                f"{', '.join(sorted(other))}; train the SAE again."
             )
-        sae = cls(SAEConfig(**values)).to(device)
+        try:
+            config = SAEConfig(**values)
+        except PatchSAEError as error:
+            raise PatchSAEError(f"'{folder / CONFIG}' is damaged: {error}") from error
+        there = tuple(weights["W_dec"].shape) if "W_dec" in weights else ()
+        if there != (config.d_sae, config.d_in):  # before an SAE of that size takes the memory
+            raise PatchSAEError(
+                f"'{folder / CONFIG}' describes {config.d_sae} latents of width {config.d_in}, but "
+                f"'{folder / WEIGHTS}' has W_dec of shape {list(there)}; train the SAE again."
+            )
+        sae = cls(config).to(device)
         expected = {name: tuple(w.shape) for name, w in sae.state_dict().items()}
         if (found := {name: tuple(w.shape) for name, w in weights.items()}) != expected:
             raise PatchSAEError(
                 f"'{folder / WEIGHTS}' has tensors {found}, not {expected}; train the SAE again."
             )
+        check_weights(f"'{folder / WEIGHTS}'", weights)
         sae.load_state_dict(weights)
         return sae
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from patchsae.clip.backbone import Backbone
 from patchsae.images.loading import Pixels, Source, read_batches
 from patchsae.images.sets import ImageSet
+from patchsae.runs.checks import check_counts
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.progress import progress_bar
 from patchsae.runs.ranks import Ranks
@@ -65,8 +66,8 @@ class Activations:
 
     Raises
     ------
-    PatchSAEError : an image or shard cannot be read; the stream has NaN or infinite values, or values that
-        float16 cannot hold; the disk is too small for the cache.
+    PatchSAEError : passes of no images; an image or shard cannot be read; the stream has NaN or infinite
+        values, or values that float16 cannot hold; the disk is too small for the cache.
     """
 
     def __init__(
@@ -81,6 +82,8 @@ class Activations:
         ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
         progress: bool = False,
     ):
+        check_counts(image_batch=image_batch)
+        check_counts(0, workers=workers)
         self.images, self.backbone, self.workers = images, backbone, workers
         self.columns = token_columns(backbone, tokens)
         self.source: Source = Pixels(images)
