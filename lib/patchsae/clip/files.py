@@ -93,8 +93,8 @@ class ClipSource:
             self._ask_activation(config, path)
         if {"vision_model", "text_model"} <= {key.partition(".")[0] for key in state}:
             raise PatchSAEError(
-                f"{path} has the layout of transformers, not open_clip's: fetch open_clip_model.safetensors "
-                "of the same model, or convert the file."
+                f"{path} has the layout of transformers, not open_clip's: fetch "
+                "open_clip_model.safetensors of the same model, or convert the file."
             )
         state = convert_state_dict(model, state)
         if not hasattr(model, "positional_embedding"):
@@ -147,8 +147,8 @@ class ClipSource:
         quick = f"{self.name}-quickgelu"
         if not self.in_folder and not config.get("quick_gelu") and quick in open_clip.list_models():
             warnings.warn(
-                f"{weights} does not say which GELU it was trained with, and {self.name} computes the exact "
-                f"one: if it was tuned from OpenAI's weights, use the model {quick}.",
+                f"{weights} does not say which GELU it was trained with, and {self.name} computes the "
+                f"exact one: if it was tuned from OpenAI's weights, use the model {quick}.",
                 stacklevel=4,
             )
 
