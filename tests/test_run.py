@@ -203,7 +203,7 @@ def test_a_wrong_type_is_one_sentence(notebook, tmp_path, capsys, name, text):
 
 
 def test_typed_values_from_python_are_checked_too(notebook):
-    assert check_parameters(notebook(), {"rate": 1, "ks": (3, 4)}) == {"rate": 1.0, "ks": (3, 4)}
+    assert check_parameters(notebook(), {"rate": 1, "ks": (3, 4)}) == {"rate": 1.0, "ks": [3, 4]}
     with pytest.raises(PatchSAEError, match="takes int"):
         check_parameters(notebook(), {"steps": 0.5})
 
