@@ -15,6 +15,7 @@ from typing import Any
 
 from patchbook import figures
 from patchbook.collecting import collect, collect_beyond, count_verdicts
+from patchbook.parameters import read_parameters
 from patchbook.report import (
     ITEMS,
     Answer,
@@ -22,7 +23,6 @@ from patchbook.report import (
     Finding,
     Verdict,
 )
-from patchbook.run import read_parameters
 from patchsae.runs.stage import write_atomic
 
 BADGES = {

@@ -314,3 +314,11 @@ def test_a_pass_that_saw_less_than_the_set_is_not_finished(tmp_path, atlas, monk
     assert not list(tmp_path.glob("*/manifest.json"))
     monkeypatch.undo()
     np.testing.assert_array_equal(make(tmp_path).class_count, atlas.class_count)
+
+
+def test_an_atlas_that_lost_a_chunk_is_named(tmp_path):
+    make(tmp_path)
+    (chunk,) = tmp_path.glob("atlas-*/atlas.zarr/mean_activation/0")
+    chunk.unlink()  # zarr would read it as NaN
+    with pytest.raises(PatchSAEError, match="atlas.zarr/mean_activation/0 is missing: copy the whole"):
+        make(tmp_path)

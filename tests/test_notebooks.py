@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from test_prompt_files import official_state, save_official
 
 from patchbook.chapters.published import TABLE_2
-from patchbook.run import check_parameters, run_notebook
+from patchbook.parameters import check_parameters
+from patchbook.run import run_notebook
 from patchsae.adaptation.prompts import PromptConfig, adapt
 from patchsae.clip.backbone import load_backbone
 from patchsae.runs.errors import PatchSAEError

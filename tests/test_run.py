@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import nbformat
+import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from patchbook.run import check_parameters, main
+from patchbook.parameters import check_parameters
+from patchbook.run import main
 from patchsae.runs.errors import PatchSAEError
 
 PARAMETERS = '''"""Sizes and places."""
@@ -199,7 +203,7 @@ def test_a_wrong_type_is_one_sentence(notebook, tmp_path, capsys, name, text):
 
 
 def test_typed_values_from_python_are_checked_too(notebook):
-    assert check_parameters(notebook(), {"rate": 1, "ks": (3, 4)}) == {"rate": 1.0, "ks": (3, 4)}
+    assert check_parameters(notebook(), {"rate": 1, "ks": (3, 4)}) == {"rate": 1.0, "ks": [3, 4]}
     with pytest.raises(PatchSAEError, match="takes int"):
         check_parameters(notebook(), {"steps": 0.5})
 
@@ -229,3 +233,64 @@ def test_a_notebook_without_a_parameters_cell_takes_none(notebook, tmp_path, cap
     assert main([str(source), str(out), "-p", "steps", "1"]) == 2
     assert "tagged 'parameters'" in capsys.readouterr().err
     assert main([str(source), str(out)]) == 0
+
+
+@pytest.mark.parametrize(("declared", "text", "value"), [
+    ("sizes: list[int] = [1]", "1,50", [1, 50]), ("sizes: list[int] = [1]", "(1, 50)", [1, 50]),
+    ("sizes: tuple = (1, 2)", "[3, 4]", (3, 4)), ("sizes = (1, 2)", "(3, 4)", (3, 4)),
+    ("sizes: tuple[int, ...] = ()", "3,4,5", (3, 4, 5)),
+    ("sizes: tuple[int, str] = (1, 'a')", "[2, 'b']", (2, "b")),
+    ("sizes: list[int] | None = None", "(3,)", [3]),
+])  # fmt: skip
+def test_lists_and_tuples_become_what_is_declared(notebook, declared, text, value):
+    found = check_parameters(notebook(parameters=declared), {"sizes": text})["sizes"]
+    assert found == value and type(found) is type(value)
+
+
+def test_a_tuple_arrives_as_one(notebook, tmp_path):
+    source = notebook("print(pair, none)", parameters="pair: tuple = (1, 2)\nnone: tuple = (1,)")
+    assert main([str(source), str(tmp_path / "o.ipynb"), "-p", "pair", "(3, 'a')", "-p", "none", "()"]) == 0
+    assert texts(tmp_path / "o.ipynb") == "(3, 'a') ()\n"
+
+
+@pytest.mark.parametrize("text", ["[1, 2, 3]", "(1, 2)", "5"])
+def test_a_tuple_of_other_parts_is_refused(notebook, text):
+    with pytest.raises(PatchSAEError, match=r"takes tuple\[int, str\], not"):
+        check_parameters(notebook(parameters="pair: tuple[int, str] = (1, 'a')"), {"pair": text})
+
+
+@pytest.mark.parametrize("name", ["out.ipynb", "out.failed.ipynb"])
+def test_an_output_that_is_a_folder_is_refused_before_a_cell_runs(notebook, tmp_path, capsys, name):
+    (tmp_path / name).mkdir()
+    ran = tmp_path / "ran"
+    assert main([str(notebook(f"open({str(ran)!r}, 'w')")), str(tmp_path / "out.ipynb")]) == 2
+    assert f"{name} is a folder: give another path" in capsys.readouterr().err and not ran.exists()
+
+
+def test_a_name_that_is_not_utf8_is_one_sentence(notebook, tmp_path, capsys):
+    place = os.fsdecode(os.fsencode(tmp_path) + b"/donn\xe9es")
+    source = notebook()
+    os.mkdir(place)
+    for argv in ([f"{place}/o.ipynb"], [str(tmp_path / "o.ipynb"), "-p", "name", place]):
+        assert main([str(source), *argv]) == 2
+        said = capsys.readouterr().err
+        assert r"donn\xe9es" in said and "is not UTF-8" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_run_that_is_stopped_keeps_what_was_done(notebook, tmp_path, name):
+    mark, out = tmp_path / "mark", tmp_path / "out" / "o.ipynb"
+    waiting = f"import os, time; open({str(mark)!r}, 'w').write(f'{{os.getpid()}} '); time.sleep(300)"
+    source = notebook("print('first')", waiting)
+    command = [sys.executable, "-m", "patchbook.run", str(source), str(out)]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (mark.exists() and mark.read_text().endswith(" ")):
+        assert run.poll() is None
+        time.sleep(0.1)
+    number = getattr(signal, name)
+    run.send_signal(number)
+    _, said = run.communicate(timeout=120)
+    assert run.returncode == 128 + number and f"error: {name} stopped the run; what was done is in" in said
+    assert "Traceback" not in said and not psutil.pid_exists(int(mark.read_text()))
+    assert [path.name for path in out.parent.iterdir()] == ["o.failed.ipynb"]
+    assert texts(out.with_name("o.failed.ipynb")) == "first\n"

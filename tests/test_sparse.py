@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from patchsae.runs.errors import PatchSAEError
 from patchsae.sae import cpu as sparse_cpu
+from patchsae.sae import cpu_kernels
 from patchsae.sae.model import SAE, SAEConfig
 from patchsae.sae.step import Execution, Stepper, latent_lists
 
@@ -263,3 +264,8 @@ def test_topk_and_batchtopk_train_and_keep_k():
 def test_an_unknown_execution_is_named():
     with pytest.raises(PatchSAEError, match="execution='quick'.*auto, dense, sparse, sparse_f32"):
         Stepper(quiet_sae(8, 2), "quick")
+
+
+def test_kernels_compile_where_nothing_can_be_written(monkeypatch):
+    monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])
+    assert cpu_kernels.compiled(lambda x: x + 1)(2) == 3

@@ -173,3 +173,23 @@ def test_project_root_is_found_from_anywhere(tmp_path, monkeypatch):
     assert project_root() == root
     monkeypatch.chdir(root / "lib" / "patchsae")
     assert project_root() == root
+
+
+@pytest.mark.parametrize("damage", ["lost", "cut"])
+def test_a_finished_result_that_lost_a_file_is_named(tmp_path, damage):
+    stage = Stage.open(tmp_path, "atlas", {"a": 1}, version=1)
+
+    def make() -> None:
+        (stage.path / "x.zarr" / "count").mkdir(parents=True)
+        (stage.path / "x.zarr" / "count" / "0.0").write_bytes(b"12345678")
+        (stage.path / "part-0").write_bytes(b"left out: it is deleted after the manifest")
+        stage.finish("x.zarr", images=3)
+        (stage.path / "part-0").unlink()
+
+    assert stage.once(make) == stage.once(make)
+    assert stage.manifest["files"] == {"x.zarr/count/0.0": 8}
+    chunk = stage.path / "x.zarr" / "count" / "0.0"
+    chunk.unlink() if damage == "lost" else chunk.write_bytes(b"1234")
+    what = "is missing" if damage == "lost" else "has 4 bytes of 8"
+    with pytest.raises(PatchSAEError, match=f"{chunk} {what}: copy the whole folder again, or delete"):
+        stage.once(make)

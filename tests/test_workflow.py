@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from patchbook.run import check_parameters, read_parameters
+from patchbook.parameters import check_parameters, read_parameters
 from patchbook.scenes.embedded import DATASETS
 from patchsae.images.benchmark_table import BENCHMARKS
 from patchsae.runs.stage import project_root

@@ -8,9 +8,9 @@ second.
 from __future__ import annotations
 
 import argparse
-import ast
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import nbformat
 import papermill
 import psutil
-import yaml
 import zmq
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
@@ -29,9 +28,11 @@ from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from traitlets import default
 
-from patchsae.runs.errors import PatchSAEError
+from patchbook.parameters import check_parameters, read_notebook
+from patchsae.runs.errors import PatchSAEError, printable
 from patchsae.runs.stage import write_atomic
 
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 WATCH_SECONDS = 0.2  # between two looks at the memory of a kernel
 
 
@@ -39,19 +40,19 @@ class NotebookFailed(RuntimeError):
     """Tell which cell of a notebook failed and where the partial notebook is kept."""
 
 
+class Stopped(KeyboardInterrupt):
+    """Tell which signal ended a run: of a scheduler, of a terminal that closed, or Ctrl-C."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
 class Cost(NamedTuple):
     """What one execution took; `peak_mb` is of the kernel and the processes it started, together."""
 
     seconds: float
     peak_mb: float
-
-
-class Parameter(NamedTuple):
-    """One assignment of the parameters cell: its type expression (None: any) and its source."""
-
-    name: str
-    annotation: ast.expr | None
-    source: str
 
 
 class ThisInterpreter(AsyncKernelManager):
@@ -95,51 +96,6 @@ class _Memory(threading.Thread):
             self.peak_mb = max(self.peak_mb, round(total / 2**20, 1))
 
 
-def read_parameters(notebook: Path) -> dict[str, Parameter]:
-    """Read the names and types that a notebook's parameters cell declares.
-
-    papermill.inspect_notebook reads line by line and so misses unions and values over several
-    lines; the cell is Python, so Python's own parser reads it.
-    """
-    for cell in _read(notebook).cells:
-        if cell.cell_type == "code" and "parameters" in cell.metadata.get("tags", ()):
-            break
-    else:
-        raise PatchSAEError(
-            f"{notebook} has no code cell tagged 'parameters', so it takes none: "
-            "add the tag to the cell that sets them."
-        )
-    try:
-        statements = ast.parse(cell.source).body
-    except SyntaxError as error:
-        raise PatchSAEError(
-            f"The parameters cell of {notebook} is not valid Python "
-            f"({error.msg}, line {error.lineno}): it may hold plain assignments only."
-        ) from error
-    found = {}
-    for statement in statements:
-        match statement:
-            case ast.AnnAssign(target=ast.Name(id=name), annotation=annotation, value=ast.expr() as value):
-                found[name] = Parameter(name, annotation, ast.unparse(value))
-            case ast.Assign(targets=[ast.Name(id=name)], value=value):
-                found[name] = Parameter(name, _annotation_of(value), ast.unparse(value))
-    return found
-
-
-def check_parameters(notebook: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the given parameters with the types the notebook declares, or refuse them."""
-    if not given:
-        return {}
-    declared = read_parameters(notebook)
-    unknown = [name for name in given if name not in declared]
-    if unknown:
-        raise PatchSAEError(
-            f"{notebook} has no parameter {_listed(unknown)}: "
-            f"it takes {_listed(sorted(declared)) or 'none'}."
-        )
-    return {name: _typed(notebook, declared[name], value) for name, value in given.items()}
-
-
 def run_notebook(
     source: str | Path,
     out: str | Path,
@@ -149,18 +105,23 @@ def run_notebook(
     """Execute `source` with `parameters` and put the whole result at `out`, or nothing there.
 
     Where a cell fails the partial notebook is kept as `<out>.failed.ipynb`, and NotebookFailed
-    names it.
+    names it. It is kept, too, where Ctrl-C stops the run.
     """
     source, out = Path(source), Path(out)
     if out.suffix != ".ipynb":
         raise PatchSAEError(f"The output {out} must end in .ipynb.")
-    _read(source)
+    read_notebook(source)
     if out.exists() and out.samefile(source):
         raise PatchSAEError(f"The output {out} is the notebook itself: give another path.")
+    failed = out.with_name(f"{out.stem}.failed.ipynb")
+    if taken := [path for path in (out, failed) if path.is_dir()]:
+        raise PatchSAEError(f"The output {taken[0]} is a folder: give another path, or move it away.")
+    for path in (source, out):
+        if printable(path) != str(path):  # both are written into the notebook
+            raise PatchSAEError(f"The path {path} is not UTF-8, as a notebook must be: rename the folder.")
     if cwd is not None and not Path(cwd).is_dir():
         raise PatchSAEError(f"There is no folder {cwd} to run in: make it, or leave --cwd out.")
     checked = check_parameters(source, parameters or {})
-    failed = out.with_name(f"{out.stem}.failed.ipynb")
     cost = Cost(0.0, 0.0)
 
     # Progress bars are for people; in a page they would be dead widgets.
@@ -184,6 +145,10 @@ def run_notebook(
         except (PapermillExecutionError, DeadKernelError, CellTimeoutError) as error:
             shutil.copyfile(temporary, failed)
             raise NotebookFailed(_reason(source, failed, error)) from error
+        except KeyboardInterrupt:
+            if temporary.stat().st_size:  # else no cell had begun
+                shutil.copyfile(temporary, failed)
+            raise
         cost = Cost(round(time.perf_counter() - started, 2), memory.peak_mb)
         _tidy(temporary, source, out, cost)
 
@@ -193,8 +158,11 @@ def run_notebook(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0, 1 (a cell failed) or 2 (bad input)."""
+    """Run the command line; return 0, 1 (a cell failed), 2 (bad input), or 128 and a signal's number."""
     arguments = _parser().parse_args(argv)
+    if threading.current_thread() is threading.main_thread():  # no other may
+        for number in STOPS:
+            signal.signal(number, _stop)
     try:
         cost = run_notebook(
             arguments.notebook,
@@ -208,6 +176,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NotebookFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except Stopped as stop:
+        kept = arguments.out.with_name(f"{arguments.out.stem}.failed.ipynb")
+        print(f"error: {stop} stopped the run; what was done is in {kept}.", file=sys.stderr)
+        return 128 + stop.number
     print(f"{arguments.out}: {cost.seconds:.1f} s, peak {cost.peak_mb:.0f} MB")
     return 0
 
@@ -220,7 +192,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Example: python -m patchbook.run notebooks/01_training.ipynb out.ipynb -p seed 1. "
         "A value is read by the type of the parameter's default: 3, 1e-4, true, none, text, or a "
         "list such as '[1, 2]'. Exit code: 0 done; 1 a cell failed, and the partial notebook is "
-        "kept beside OUT as .failed.ipynb; 2 bad input.",
+        "kept beside OUT as .failed.ipynb; 2 bad input; 130, 143 or 129 it was stopped by Ctrl-C or a "
+        "scheduler, and the partial notebook is kept alike.",
     )
     parser.add_argument(
         "notebook", metavar="IN.ipynb", type=Path, help="the notebook to execute; never changed"
@@ -238,90 +211,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _read(notebook: Path) -> nbformat.NotebookNode:
-    if not notebook.is_file():
-        raise PatchSAEError(f"There is no notebook {notebook}: check the path.")
-    try:
-        return nbformat.read(notebook, as_version=4)
-    # nbformat converts before it validates, so a foreign file may raise anything at all.
-    except Exception as error:
-        raise PatchSAEError(
-            f"{notebook} cannot be read as a notebook ({type(error).__name__}): "
-            "open and save it in JupyterLab."
-        ) from error
-
-
-def _typed(notebook: Path, parameter: Parameter, value: Any) -> Any:
-    annotation = parameter.annotation
-    for candidate in _readings(value) if isinstance(value, str) else [value]:
-        if annotation is None or _fits(candidate, annotation):
-            whole = isinstance(candidate, int) and not isinstance(candidate, bool)
-            wants_float = isinstance(annotation, ast.Name) and annotation.id == "float"
-            return float(candidate) if whole and wants_float else candidate
-    raise PatchSAEError(
-        f"Parameter {parameter.name!r} of {notebook} takes {ast.unparse(annotation)}, "
-        f"not {value!r}: its default is {parameter.source}."
-    )
-
-
-def _readings(text: str) -> list[Any]:
-    """List what a command-line value may mean, the text itself last.
-
-    Python's reading comes first because YAML 1.1 takes 1e-4 for text.
-    """
-    readings = []
-    for read, error in (
-        (ast.literal_eval, (ValueError, SyntaxError)),
-        (yaml.safe_load, yaml.YAMLError),
-    ):
-        try:
-            value = read(text)
-        except error:
-            continue
-        if not isinstance(value, str):
-            readings.append(value)
-    return [*readings, text]
-
-
-def _fits(value: Any, annotation: ast.expr) -> bool:
-    match annotation:
-        case ast.Constant(value=None):
-            return value is None
-        case ast.Constant(value=str() as quoted):
-            return _fits(value, ast.parse(quoted, mode="eval").body)
-        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
-            return _fits(value, left) or _fits(value, right)
-        case ast.Subscript(value=ast.Name(id="list"), slice=element):
-            return isinstance(value, (list, tuple)) and all(_fits(item, element) for item in value)
-        case ast.Name(id="bool"):
-            return isinstance(value, bool)
-        case ast.Name(id="int"):
-            return isinstance(value, int) and not isinstance(value, bool)
-        case ast.Name(id="float"):
-            return isinstance(value, (int, float)) and not isinstance(value, bool)
-        case ast.Name(id="str"):
-            return isinstance(value, str)
-        case ast.Name(id="list" | "tuple"):
-            return isinstance(value, (list, tuple))
-        case ast.Name(id="dict"):
-            return isinstance(value, dict)
-    # A type the runner cannot judge (Literal, Path, a class) is left to the notebook.
-    return True
-
-
-def _annotation_of(value: ast.expr) -> ast.expr | None:
-    """Derive the type expression of a literal default; None and computed values may be anything."""
-    try:
-        default = ast.literal_eval(value)
-    except ValueError:
-        return None
-    if default is None:
-        return None
-    name = type(default).__name__
-    if isinstance(default, list):
-        kinds = {type(item).__name__ for item in default}
-        name = f"list[{kinds.pop()}]" if len(kinds) == 1 else "list"
-    return ast.parse(name, mode="eval").body
+def _stop(number: int, _: object) -> None:
+    for other in STOPS:
+        signal.signal(other, signal.SIG_DFL)  # a second one ends the process at once
+    # at once: asked to end, a kernel in the middle of a cell prints tracebacks of its own
+    for process in psutil.Process().children(recursive=True):
+        process.kill()
+    raise Stopped(number)
 
 
 def _tidy(executed: Path, source: Path, out: Path, cost: Cost) -> None:
@@ -351,10 +247,6 @@ def _resident(process: psutil.Process) -> int:
         return process.memory_info().rss
     except psutil.Error:  # it has ended meanwhile
         return 0
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names))
 
 
 def _one_line(error: object) -> str:

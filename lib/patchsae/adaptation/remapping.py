@@ -193,7 +193,7 @@ def mix_models(
         ranks = np.concatenate(parts, -1)
         check_whole(ranks.shape[-1], images, stage)
         write_atomic(path, lambda temporary: save_file({"rank": ranks}, temporary))
-        stage.finish(images=len(images))
+        stage.finish(path.name, images=len(images))
         for part in paths:
             part.unlink()
 

@@ -139,7 +139,7 @@ def write_blocks(
             "notices": [notice for notice in notices if notice],
         }
         write_json(stage.path / INDEX, index)
-        stage.finish(bytes=sum(path.stat().st_size for path in stage.path.glob("*.js")))
+        stage.finish("*.js", bytes=sum(path.stat().st_size for path in stage.path.glob("*.js")))
 
     return stage.once(make)
 

@@ -284,7 +284,7 @@ class _Pass:
         # format 2, because format 3 has no settled way to store class names
         path = self.stage.path / ATLAS
         atlas.to_zarr(path, mode="w", consolidated=False, zarr_format=2, encoding=encoding)
-        self.stage.finish(images=sums.images, skipped=skipped)
+        self.stage.finish(ATLAS, images=sums.images, skipped=skipped)
         for path in parts:
             path.unlink(missing_ok=True)
 

@@ -13,7 +13,6 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from patchsae.clip.backbone import Backbone
@@ -23,6 +22,7 @@ from patchsae.runs.checks import check_counts
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.progress import progress_bar
 from patchsae.runs.threads import ranges, spread
+from patchsae.sae.cpu_kernels import compiled
 from patchsae.sae.model import SAE
 
 ROWS = 4096  # table rows per task
@@ -212,7 +212,7 @@ def _table(parts: list, common: tuple[np.ndarray, ...], latents: int, left_out: 
     return Scores(*rows, *common, latents, left_out)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def compare(
     image, start, patch, value, covered, centre, positive, pixels, tau, score, activation, first, last
 ):  # fmt: skip

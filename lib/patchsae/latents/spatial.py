@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from scipy.sparse import csr_array
 
 from patchsae.latents.maps import Fired, grid_of
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.threads import ranges, spread
+from patchsae.sae.cpu_kernels import compiled
 
 ROWS = 4096  # rows per task
 
@@ -29,7 +29,7 @@ def morans_i(found: Fired, grid: tuple[int, int]) -> np.ndarray:
     return out
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def moran(start, patch, value, rows, columns, out, first, last):
     patches, table = rows * columns, np.zeros(rows * columns)
     weights = 2 * (rows * (columns - 1) + columns * (rows - 1))

@@ -304,7 +304,7 @@ def _finish(masker: Masker, images: ImageSet, atlas: xr.Dataset, stage: Stage) -
     result = xr.Dataset(data, coordinates, attrs)
     # format 2, because format 3 has no settled way to store names
     result.to_zarr(stage.path / RESULT, mode="w", consolidated=False, zarr_format=2)
-    stage.finish(images=len(images))
+    stage.finish(RESULT, images=len(images))
     for path in paths:
         path.unlink()
 

@@ -243,6 +243,10 @@ class Stage:
 
         Of several processes on this machine one makes it and the others wait. Those of one torchrun
         (`ranks`) make it together.
+
+        Raises
+        ------
+        PatchSAEError : a finished result has lost a file, or a part of one, as an incomplete copy has.
         """
         agree = ranks.agree if ranks else bool
         if not agree(self.done):
@@ -251,10 +255,25 @@ class Stage:
                     make()
                 if ranks:
                     ranks.wait()
+        self._check_files()
         return self.path
 
-    def finish(self, *, seed: int | None = None, **facts: Any) -> Path:
-        """Write the manifest, which makes the folder a finished result."""
+    def _check_files(self) -> None:
+        # by size alone, which is quick: a zarr array reads a chunk that is missing as zeros or NaN
+        for name, size in (self.manifest or {}).get("files", {}).items():
+            found = (self.path / name).stat().st_size if (self.path / name).is_file() else None
+            if found != size:
+                what = "is missing" if found is None else f"has {found} bytes of {size}"
+                raise PatchSAEError(
+                    f"{self.path / name} {what}: copy the whole folder again, or delete {self.path}, and "
+                    "it is made anew."
+                )
+
+    def finish(self, *results: str, seed: int | None = None, **facts: Any) -> Path:
+        """Write the manifest, which makes the folder a finished result.
+
+        `results` are patterns of files and folders here, of which it keeps the sizes of every file.
+        """
         manifest: dict[str, Any] = {
             "name": self.name,
             "inputs": self.inputs,
@@ -267,6 +286,13 @@ class Stage:
         }
         if seed is not None:
             manifest["seed"] = seed
+        if results:
+            found = [path for pattern in results for path in self.path.glob(pattern)]
+            inside = [path.rglob("*") if path.is_dir() else [path] for path in found]
+            files = (path for paths in inside for path in paths if path.is_file())
+            manifest["files"] = {
+                path.relative_to(self.path).as_posix(): path.stat().st_size for path in files
+            }
         if facts:
             manifest["facts"] = facts
         return write_json(self.path / MANIFEST, manifest)

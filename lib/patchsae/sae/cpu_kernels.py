@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
@@ -13,7 +16,16 @@ BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # torch's Adam
 PREFETCH_LINES = 16  # cache lines of a row asked for ahead of its use; the hardware follows from there
 FAST = {"reassoc", "contract", "nsz", "arcp"}  # sums may be reordered; NaN and infinity stay themselves
 
-kernel = njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy", boundscheck=False)
+
+def compiled(function: Callable, **options: Any) -> Any:
+    """Compile a function once and keep it on disk, or anew in every process if none can be written to."""
+    try:
+        return njit(function, nogil=True, cache=True, **options)
+    except RuntimeError:  # numba found no folder for its cache: the installation and the home are read-only
+        return njit(function, nogil=True, **options)
+
+
+kernel = partial(compiled, fastmath=FAST, error_model="numpy", boundscheck=False)
 
 
 @intrinsic
