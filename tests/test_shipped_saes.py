@@ -100,7 +100,7 @@ DAMAGE = {
         "one' is damaged",
     ),
     "short": (lambda f: change_weights(f, lambda t: t | {"b_enc": t["b_enc"][:5].clone()}), "is damaged"),
-    "infinite": (lambda f: change_weights(f, infinite), "has numbers that are not finite"),
+    "infinite": (lambda f: change_weights(f, infinite), "has NaN or infinite values in b_enc"),
     "config": (lambda f: (f / "one/sae.json").write_text("{"), "one' is damaged"),
     "other config": (lambda f: rewrite(f / "one/sae.json", lambda c: c | {"l1": 1.0}), "is not of the SAE"),
     "foreign": (lambda f: rewrite(f / "one/card.json", lambda c: c | {"inputs": "0"}), "is not of the SAE"),
