@@ -137,7 +137,7 @@ def test_the_loss_of_patches_falls_when_they_say_what_the_caption_says():
     everywhere[0] = 0
 
     def loss(said):
-        return training.patch_loss(10 * torch.eye(4)[said], names, nothing, shown).item()
+        return training.patch_loss(10 * torch.eye(4)[said], names, nothing, shown).loss.item()
 
     assert loss(right) < 0.01
     for wrong in (absent, mute, everywhere):
