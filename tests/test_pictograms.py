@@ -640,7 +640,7 @@ def test_gpu_and_cpu_draw_the_same_scenes():
 def test_the_catalogue_module_writes_what_is_committed(tmp_path, monkeypatch):
     monkeypatch.setattr(catalogue, "derive", lambda: list(concepts()))
     catalogue.write(tmp_path / "concepts.json")
-    committed = sprites.Path(catalogue.__file__).parent / "data" / "concepts.json"
+    committed = sprites.Path(catalogue.__file__).parents[1] / "data" / "concepts.json"
     assert (tmp_path / "concepts.json").read_text("utf-8") == committed.read_text("utf-8")
 
 

@@ -650,8 +650,8 @@ def curve_row(clip, tokenizer, normal, seen, seconds, recent) -> dict:
 def write_curve(path: Path, rows: list[dict]) -> None:
     def write(temporary: Path) -> None:
         with open(temporary, "w", newline="") as file:
-            # the last row has every column: losses came one after the other
-            writer = csv.DictWriter(file, rows[-1].keys() if rows else ["images"], restval=math.nan)
+            columns = dict.fromkeys(name for row in rows for name in row)  # losses came one after the other
+            writer = csv.DictWriter(file, columns or ["images"], restval=math.nan)
             writer.writeheader()
             writer.writerows(rows)
 
