@@ -238,7 +238,7 @@ def test_a_run_on_a_published_model_carries_its_card_on(tmp_path):
     rows = [{"images": 448, "seconds": 3, "contrastive": 1.0, "unsaid": 0.5}]
     state = torch.load(run / "checkpoint.pt", weights_only=True)
     torch.save(state | {"rows": rows}, run / "checkpoint.pt")
-    training.publish(clip, recipe, run, tmp_path, before=FOLDER)
+    training.publish(clip, recipe, run, tmp_path, before=FOLDER, scenes=64)
     old, new = (json.loads((folder / "card.json").read_text()) for folder in (FOLDER, tmp_path))
     assert new["images_seen"] == old["images_seen"] + 64
     assert new["seconds"] >= old["seconds"]

@@ -720,7 +720,9 @@ def restore_stream(clip: CLIP, folder: Path) -> None:
     scale_stream(clip, 1 / card["stream_rescaled_by"])
 
 
-def publish(clip: CLIP, recipe: Recipe, run: Path, out: Path, before: Path | None = None) -> None:
+def publish(
+    clip: CLIP, recipe: Recipe, run: Path, out: Path, before: Path | None = None, scenes: int = 2048
+) -> None:
     """Write fp16 weights, their measured accuracy (the card) and the learning curve.
 
     `before` is the folder of the published model that the run began with: card and curve are carried on.
@@ -735,7 +737,7 @@ def publish(clip: CLIP, recipe: Recipe, run: Path, out: Path, before: Path | Non
     fresh, tokenizer, normal = build()
     load_weights(fresh, out / "open_clip_model.safetensors")
     kinds = ("trained", "untrained", "novel")
-    result = accuracy(fresh.eval(), tokenizer, normal["mean"], normal["std"], 2048, kinds)
+    result = accuracy(fresh.eval(), tokenizer, normal["mean"], normal["std"], scenes, kinds)
     print(summary(result), flush=True)
     trained = trained_mask()
     # a run on a published model counts images from where the recipe's last phase begins
