@@ -103,6 +103,14 @@ def test_what_was_not_finished_is_made_again(tmp_path):
     assert stage.once(stage.finish) == stage.path and stage.done
 
 
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
+    stage = Stage.open(tmp_path, "train", Config(), version=1)
+    for name in (".checkpoint-x1y2.safetensors", ".tmpsPz2QA", "checkpoint.safetensors"):
+        (stage.path / name).write_text("half")
+    with stage.alone():
+        assert sorted(path.name for path in stage.path.iterdir()) == [".lock", "checkpoint.safetensors"]
+
+
 def test_saving_takes_its_share_of_the_time(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("patchsae.runs.cadence.time.monotonic", lambda: now[0])

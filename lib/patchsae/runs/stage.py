@@ -32,6 +32,10 @@ except ImportError:  # Windows has no such locks
     fcntl = None
 
 MANIFEST = "manifest.json"
+PARTIAL = (
+    ".*-*",
+    ".tmp*",
+)  # what a killed process leaves: as `write_atomic` names it, and as safetensors does
 
 
 def project_root() -> Path:
@@ -234,8 +238,9 @@ class Stage:
             # Some network file systems have no locks: nobody waits then, and nothing is removed.
             with contextlib.suppress(OSError, AttributeError):
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                for partial in self.path.glob(".*-*"):  # as `write_atomic` names them
-                    partial.unlink()
+                for pattern in PARTIAL:
+                    for partial in self.path.glob(pattern):
+                        partial.unlink()
             yield
 
     def once(self, make: Callable[[], object], ranks: Processes | None = None) -> Path:
