@@ -133,6 +133,12 @@ def test_the_verdicts_are_seen_on_a_narrow_screen_without_scrolling_sideways(vis
     assert page.evaluate("() => document.documentElement.scrollWidth") <= 400
 
 
+@pytest.mark.parametrize("page", ["facts", "data_card", "glossary", "intro"])
+def test_prose_needs_no_scrolling_sideways_on_a_narrow_screen(visit, html, page):
+    shown, _ = visit(html / "book" / f"{page}.html", width=400)
+    assert shown.evaluate("() => document.documentElement.scrollWidth") <= 400
+
+
 def test_the_introduction_says_what_this_run_found(visit, html):
     page, _ = visit(html / "book" / "intro.html")
     shown = page.locator("main").inner_text()

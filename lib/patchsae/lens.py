@@ -114,15 +114,9 @@ def train(
     ------
     PatchSAEError : a field that neither has, or a value that it refuses; as `train_sae`.
     """
-    of_sae, of_run = (
-        {field.name for field in dataclasses.fields(kind)} for kind in (SAEConfig, TrainConfig)
-    )
-    if unknown := sorted(set(fields) - of_sae - of_run):
-        known = ", ".join(sorted((of_sae | of_run) - {"d_in"}))
-        raise PatchSAEError(f"train has no parameter '{unknown[0]}'; there are {known}.")
-    sae = SAEConfig(**{"d_in": clip.d_model} | {k: v for k, v in fields.items() if k in of_sae})
-    run = {"images": len(images)} | {k: v for k, v in fields.items() if k in of_run}
-    config = TrainConfig(**run)
+    of_sae, of_run = _dealt("train", fields, SAEConfig, TrainConfig)
+    sae = SAEConfig(**{"d_in": clip.d_model} | of_sae)
+    config = TrainConfig(**{"images": len(images)} | of_run)
     trained = train_sae(images, clip, sae, config, root, progress)
     if config.start is Start.RANDOM:
         still = (
@@ -171,12 +165,19 @@ def describe(
     ------
     PatchSAEError : a field that AtlasConfig lacks; fewer images than k; as `make_atlas`.
     """
-    known = [field.name for field in dataclasses.fields(AtlasConfig)]
-    if unknown := sorted(set(fields) - set(known)):
-        raise PatchSAEError(f"describe has no parameter '{unknown[0]}'; there are {', '.join(known)}.")
+    _dealt("describe", fields, AtlasConfig)
     config = AtlasConfig(**{"k": min(AtlasConfig.k, len(images)), "empty_classes": True} | fields)
     atlas = make_atlas(lens.sae, lens.clip, images, config, root, lens.name, progress=progress)
     return Found(atlas, lens, images)
+
+
+def _dealt(call: str, fields: dict[str, Any], *kinds: type) -> list[dict[str, Any]]:
+    """Deal a call's fields to the configurations that have them; refuse what none has."""
+    names = [{field.name for field in dataclasses.fields(kind)} for kind in kinds]
+    if unknown := sorted(set(fields).difference(*names)):
+        known = ", ".join(sorted(set().union(*names) - {"d_in"}))
+        raise PatchSAEError(f"{call} has no parameter '{unknown[0]}'; there are {known}.")
+    return [{name: value for name, value in fields.items() if name in own} for own in names]
 
 
 def show(found: Found, latent: int, images: int = 5) -> Figure:
@@ -204,7 +205,9 @@ def show(found: Found, latent: int, images: int = 5) -> Figure:
     ):
         label = pictures.classnames[int(pictures.labels[index[column]])]
         axes[0, column].imshow(image)
-        axes[0, column].set_title(f"{label}\n{float(one.top_value.values[column]):.2g}", fontsize=9)
+        axes[0, column].set_title(
+            f"{label}\nactivation {float(one.top_value.values[column]):.2g}", fontsize=9
+        )
         axes[1, column].imshow(part)
     for axis in axes.flat:
         axis.set_axis_off()

@@ -32,10 +32,10 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 
-from patchsae.clip.files import brief, find_clip
+from patchsae.clip.files import find_clip
 from patchsae.images.files import Frame, as_frame
 from patchsae.runs.checks import check_counts, check_finite
-from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.errors import PatchSAEError, brief
 from patchsae.runs.progress import progress_bar
 
 

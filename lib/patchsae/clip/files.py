@@ -25,7 +25,7 @@ from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict
 
 from patchsae.runs.checks import check_weights
-from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.errors import PatchSAEError, brief
 from patchsae.runs.hub import fetch, hub_name
 from patchsae.runs.restricted_pickle import plain_names, read_pickle
 
@@ -182,12 +182,6 @@ def find_clip(name, pretrained=None) -> ClipSource:
     close = difflib.get_close_matches(wanted.lower(), models, n=3, cutoff=0.5)
     hint = " or ".join(models[key] for key in close) or "a name from open_clip.list_models()"
     raise PatchSAEError(f"{name!r} is neither an open_clip model nor a folder: is it {hint}?")
-
-
-def brief(error: BaseException) -> str:
-    """Return the kind of an error and the first line of what it says."""
-    first = str(error).strip().partition("\n")[0][:160].rstrip(" .:")
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def _tag_or_file(model: str, pretrained) -> tuple[str | None, Path | None]:

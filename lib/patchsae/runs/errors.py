@@ -22,6 +22,12 @@ class PatchSAEError(ValueError):
         super().__init__(printable(message))
 
 
+def brief(error: BaseException) -> str:
+    """Return the kind of an error and the first line of what it says."""
+    first = str(error).strip().partition("\n")[0][:160].rstrip(" .:")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
 def choose(config: object, name: str, kind: type[StrEnum]) -> None:
     """Turn a field of a frozen dataclass into a member of an enumeration, or say which there are."""
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.errors import PatchSAEError, brief
 
 PREFIXES = ("hf:", "hf-hub:")  # ours, and the one that open_clip writes
 
@@ -27,8 +27,7 @@ def fetch(name: str, patterns: Sequence[str]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as error:  # the library has many, and the remedy is one
-        first = str(error).strip().partition("\n")[0][:160].rstrip(" .:")
         raise PatchSAEError(
-            f"'{name}' could not be fetched from the Hugging Face hub ({type(error).__name__}: {first}); "
+            f"'{name}' could not be fetched from the Hugging Face hub ({brief(error)}); "
             "correct the name, or fetch it where there is a network and give the folder."
         ) from error
