@@ -195,7 +195,10 @@ def with_text_of(executed: nbformat.NotebookNode, source: nbformat.NotebookNode)
     cells, injected = [], [cell for cell in ran if "injected-parameters" in cell.metadata.get("tags", ())]
     ran = iter([cell for cell in ran if cell not in injected])
     for cell in source.cells:
-        cells.append(next(ran) | {"metadata": cell.metadata} if cell.cell_type == "code" else cell)
+        if cell.cell_type == "code":
+            done = next(ran)
+            cell.outputs, cell.execution_count = done.outputs, done.execution_count
+        cells.append(cell)
         if "parameters" in cell.metadata.get("tags", ()):
             cells += injected
     executed.cells = cells
