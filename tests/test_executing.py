@@ -12,6 +12,7 @@ from patchbook import executing
 from patchbook.executing import share, with_text_of
 from patchbook.order import READS, readings
 from patchbook.used import code_digest, read_used, used_digest
+from patchsae.runs.stage import project_root
 
 CODE = '''
 def f(x):
