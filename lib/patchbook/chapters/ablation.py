@@ -33,7 +33,7 @@ from patchsae.training.starts import BiasInit
 from patchsae.training.token_cache import fill, from_cache, parts_of
 from patchsae.training.trainer import TrainConfig
 
-VERSION = 1  # raised when the same inputs give another row
+VERSION = 2  # raised when the same inputs give another row
 RESULT = "row.json"
 
 

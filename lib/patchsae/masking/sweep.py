@@ -98,7 +98,7 @@ class Masker:
     def logits(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits of images uint8 [B, 3, H, W]: unmasked [B, C], masked [B, G, 2, sizes, C]."""
         x = self.backbone.residual(self.backbone.normalize(images))  # [B, T, d]
-        plain = zero_shot_logits(self.backbone, self.tail(x), self.text)
+        plain = zero_shot_logits(self.backbone, self.backbone.finish(x), self.text)
         inside = x[:, self.columns].float()
         lists = by_token(latent_lists(self.sae, inside.flatten(0, 1)), inside.shape[0] * inside.shape[1])
         rows = {CLASS: labels.cpu().numpy(), PREDICTED: plain.argmax(-1).cpu().numpy()}
