@@ -28,6 +28,7 @@ from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from traitlets import default
 
+from patchbook.lessons import put_first
 from patchbook.parameters import check_parameters, read_notebook
 from patchsae.runs.errors import PatchSAEError, printable
 from patchsae.runs.stage import write_atomic
@@ -232,6 +233,7 @@ def _tidy(executed: Path, source: Path, out: Path, cost: Cost) -> None:
     for output in (output for cell in notebook.cells for output in cell.get("outputs", ())):
         if "text/html" in output.get("data", {}):
             output["data"].pop("application/vnd.jupyter.widget-view+json", None)
+    put_first(notebook)
     notebook.metadata["patchsae"] = cost._asdict()
     notebook.metadata["papermill"].update(input_path=str(source), output_path=str(out))
     nbformat.write(notebook, executed)
