@@ -85,9 +85,13 @@ def recipes(plan: Plan, work: str | Path) -> dict[str, Callable[[], Recipe]]:
         found["topk"] = lambda: _of_scale(
             plan, work, "TopK beside the ReLU of the paper", setup.block, setup.topk_sae, setup.topk_train
         )
-    # "CLS, B/16" is "CLS, default" where one backbone plays both
-    designs = {name: d for name, d in DESIGNS.items() if name != "CLS, B/16"}
-    for name, design in (designs | {TWIN: replace(ALL_TOKENS, replicate=1)}).items():
+    # Rows on all tokens by the scale's own run are those above. "CLS, B/16" is "CLS, default" where one
+    # backbone plays both.
+    designs = {n: d for n, d in DESIGNS.items() if d.tokens is Tokens.CLS and n != "CLS, B/16"}
+    if plan.budget.row_images:
+        alike = {n: d for n, d in DESIGNS.items() if d.tokens is Tokens.ALL}
+        designs |= alike | {TWIN: replace(ALL_TOKENS, replicate=1)}
+    for name, design in designs.items():
         found[f"table2-{_slug(name)}"] = lambda name=name, design=design: _row(plan, work, name, design)
     return found
 
@@ -167,10 +171,10 @@ def _of_scale(plan: Plan, work, about: str, block: int, sae: dict, train: dict) 
 def _row(plan: Plan, work, name: str, design: Design) -> Recipe:
     setup = plan.scale
     sweep = Sweep(
-        setup.name, expansion=setup.expansion, l1=setup.l1, **plan.budget.runs(setup.train, work, seed=0)
+        setup.name, expansion=setup.expansion, l1=setup.l1, **plan.budget.runs(setup, work, seed=0)
     )
     backbone = sweep.backbone(design)
-    images = plan.budget.sets(setup.sets(backbone, "").train, seed=0)[design.tokens]
+    images = plan.budget.sets(setup, setup.sets(backbone, "").train, seed=0)[design.tokens]
     return Recipe(f"Table 2, {name}", backbone, Task(images, *sweep.configs(design)))
 
 
