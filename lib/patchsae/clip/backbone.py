@@ -301,15 +301,21 @@ class Backbone(nn.Module):
 def load_backbone(name, pretrained=None, *, block, device="cpu", dtype=torch.float32) -> Backbone:
     """Load a CLIP and cut it after `block`.
 
-    name: an open_clip model name (`ViT-B-16-quickgelu`), or a folder laid out as on the Hugging
+    Parameters
+    ----------
+    name : an open_clip model name (`ViT-B-16-quickgelu`), or a folder laid out as on the Hugging
         Face hub: open_clip_config.json, open_clip_model.safetensors and, where the vocabulary is
         a shortened one, bpe_simple_vocab.txt.gz.
-    pretrained: for a model name, an open_clip tag (`openai`, fetched by open_clip), a file
+    pretrained : for a model name, an open_clip tag (`openai`, fetched by open_clip), a file
         (safetensors, state dict, OpenAI's TorchScript archive ViT-B-16.pt), or None for random
         weights, which follow torch.manual_seed. Nothing is unpickled that could run code.
-    dtype: what the weights are converted to, whatever they are stored in.
-    Raises PatchSAEError for an unknown name or tag, a missing, damaged or misfitting file, a block
-    out of range, and weights that the model would run with the wrong GELU (facts.md §3).
+    block : counted from 1; 0 is the input of the first
+    dtype : what the weights are converted to, whatever they are stored in
+
+    Raises
+    ------
+    PatchSAEError : an unknown name or tag; a missing, damaged or misfitting file; a block out of range;
+        weights that the model would run with the wrong GELU (facts.md §3).
     """
     dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
@@ -345,10 +351,17 @@ def zero_shot_weights(
 
     Each prompt's embedding is normalised first. Equal class names stay separate rows. Underscores in names
     become spaces.
-    templates: strings with `{}` where the class name goes. batch_size: prompts per forward pass.
-    renormalize: normalise the mean again, as open_clip does; False is the released patchsae code,
-        where classes with dispersed prompts get shorter vectors (facts.md §3).
-    Raises PatchSAEError for an empty list and for a template without `{}`.
+
+    Parameters
+    ----------
+    templates : strings with `{}` where the class name goes
+    renormalize : normalise the mean again, as open_clip does; False is the released patchsae code,
+        where classes with dispersed prompts get shorter vectors (facts.md §3)
+    batch_size : prompts per forward pass
+
+    Raises
+    ------
+    PatchSAEError : an empty list; a template without `{}`.
     """
     templates = [templates] if isinstance(templates, str) else list(templates)
     check_counts(batch_size=batch_size)
