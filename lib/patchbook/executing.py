@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from graphlib import TopologicalSorter
@@ -62,6 +63,7 @@ def execute(
     Raises PatchSAEError and NotebookFailed; what has been executed meanwhile is kept.
     """
     waits, made = readings(names, shipped), {}
+    readers = Counter(read for before in waits.values() for read in before)
     todo = TopologicalSorter(waits)
     todo.prepare()
     waiting: list[_Chapter] = []
@@ -84,7 +86,10 @@ def execute(
                         take(chapter)
                     else:
                         waiting.append(chapter)
-                waiting.sort(key=lambda chapter: names.index(chapter.name))
+                # those that most others wait for, then those that waited for most: they are the longest chain
+                waiting.sort(
+                    key=lambda one: (-readers[one.name], -len(waits[one.name]), names.index(one.name))
+                )
                 while waiting and len(running) < own.chapters:
                     chapter = waiting.pop(0)
                     print(f"{chapter.name}: running …", flush=True)
