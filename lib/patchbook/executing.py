@@ -86,10 +86,8 @@ def execute(
                         take(chapter)
                     else:
                         waiting.append(chapter)
-                # those that most others wait for, then those that waited for most: they are the longest chain
-                waiting.sort(
-                    key=lambda one: (-readers[one.name], -len(waits[one.name]), names.index(one.name))
-                )
+                # the longest chain first: who is waited for most, then who has waited for most
+                waiting.sort(key=lambda one: (-readers[one.name], -len(waits[one.name]), one.name))
                 while waiting and len(running) < own.chapters:
                     chapter = waiting.pop(0)
                     print(f"{chapter.name}: running …", flush=True)
