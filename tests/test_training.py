@@ -23,6 +23,13 @@ from patchsae.training.trainer import CHECKPOINT, TrainConfig, train_sae
 SAE_CONFIG = SAEConfig(d_in=32, expansion=4, l1=1e-4)
 
 
+def test_training_learns_where_its_caller_only_measures(backbone, images, tmp_path):
+    with torch.no_grad():
+        inside = train_sae(images, backbone, SAE_CONFIG, CONFIG, tmp_path / "a", progress=False)
+    outside = train_sae(images, backbone, SAE_CONFIG, CONFIG, tmp_path / "b", progress=False)
+    assert torch.equal(inside.sae.W_dec, outside.sae.W_dec)
+
+
 def test_training_reconstructs_better_and_is_done_once(backbone, images, tmp_path):
     trained = train_sae(images, backbone, SAE_CONFIG, CONFIG, tmp_path, progress=False)
     rows = trained.metrics
