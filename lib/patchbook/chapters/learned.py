@@ -103,7 +103,8 @@ def written(found: Interval | float | None) -> str:
     if found is None:
         return ""
     value, *ends = found if isinstance(found, Interval) else (found,)
-    return f"{value:.3g}" + (f" [{ends[0]:.3g}, {ends[1]:.3g}]" if ends else "")
+    text = f"{value:.3g}" + (f" [{ends[0]:.3g}, {ends[1]:.3g}]" if ends else "")
+    return text.replace("-", "−")
 
 
 def sentence(measured: Mapping[str, Learned]) -> str:
