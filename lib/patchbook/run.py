@@ -34,6 +34,7 @@ from patchsae.runs.errors import PatchSAEError, printable
 from patchsae.runs.stage import write_atomic
 
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+USED = "PATCHSAE_USED"  # names the file that gets what an execution used: `patchbook.used`
 WATCH_SECONDS = 0.2  # between two looks at the memory of a kernel
 
 
@@ -63,6 +64,9 @@ class ThisInterpreter(AsyncKernelManager):
     def kernel_spec(self) -> KernelSpec:
         """Describe a kernel of this interpreter."""
         argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        if used := os.environ.get(USED):
+            line = f"from patchbook.used import record; record({used!r})"
+            argv.append(f"--IPKernelApp.exec_lines={[line]!r}")
         return KernelSpec(
             argv=argv,
             display_name="Python 3",

@@ -54,7 +54,7 @@ class Ablation:
     @property
     def full_budget(self) -> bool:
         """Tell whether rows had the scale's own budget; short runs decide nothing."""
-        return not self.budget.row_images and not self.budget.different_images
+        return not self.budget.row_images
 
     @property
     def origin(self) -> dict[str, str]:
@@ -94,7 +94,7 @@ class Ablation:
 
 def open_ablation(run: Run, sweep: Sweep, budget: Budget, test_images: int, jobs: int) -> Ablation:
     """Run every row of Table 2 and one more, all tokens from another seed; or read them."""
-    train = budget.sets(run.sets.train, run.seed)
+    train = budget.sets(run.setup, run.sets.train, run.seed)
     test = run.few(run.sets.test, test_images)
     designs = DESIGNS | {TWIN: replace(ALL_TOKENS, replicate=1)}
     rows = run_rows(designs, sweep, train, test, run.root, jobs)
@@ -282,9 +282,9 @@ class ByTokens:
 def by_tokens(found: Ablation, atlas_images: int) -> ByTokens:
     """Describe both on training images."""
     run, train = found.run, found.train[Tokens.ALL]
-    cache = str(run.root) if found.budget.different_images else ""
-    images, past = from_cache(train, found.sweep.backbone(ALL_TOKENS), cache)
-    described = images.sample(atlas_images, run.seed)
+    cache = found.sweep.train.cache
+    few = train.sample(atlas_images, run.seed)
+    described, past = from_cache(few, found.sweep.backbone(ALL_TOKENS), cache)
 
     def about(name: str, tokens: Tokens) -> xr.Dataset:
         config = AtlasConfig(tokens=tokens, empty_classes=True)
