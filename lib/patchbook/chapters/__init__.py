@@ -1,8 +1,8 @@
 """What a chapter computes beyond the engine, and what decides its verdicts.
 
 `opening` is what every chapter begins with. Then by chapter: `training`, `rebuilt` (1); `statistics`,
-`transfer`, `truth`, `factors`, `known` (2); `localization`, `mask_scores`, `layers`, `reading` and
-`words` (3);
-`masking`, `masking_sets` (4); `adaptation` (5); `ablation`, `table2`, `seeds`, `learned` (6). Rules are in
-`verdicts` and `judged`, what others published in `published`. A notebook tells and defines nothing.
+`transfer`, `factors`, `truth`, `kept_truth`, `known` (2); `localization`, `mask_scores`, `layers`,
+`reading`, `words` (3); `masking`, `masking_sets` (4); `adaptation` (5); `ablation`, `table2`, `seeds`,
+`probes`, `against_untrained`, `learned` (6). Rules are in `verdicts` and `judged`, what others published in
+`published`. A notebook tells and defines nothing.
 """
