@@ -52,7 +52,8 @@ def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on the disk."""
     folder = path.is_dir()
     try:
-        handle = os.open(path, os.O_RDONLY)
+        # Windows flushes only what may be written
+        handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     except OSError as error:
         if folder and error.errno in UNSUPPORTED:  # Windows opens no folder
             return

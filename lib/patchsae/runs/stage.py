@@ -107,7 +107,7 @@ def versioned(inputs: Mapping[str, Any] | Any, version: int) -> dict[str, Any]:
 
 def tree_digests(root: Path, *patterns: str) -> dict[str, str]:
     """Hash every file under `root` that matches a glob pattern, by its relative path."""
-    return {str(path.relative_to(root)): file_digest(path) for path in _files(root, patterns)}
+    return {path.relative_to(root).as_posix(): file_digest(path) for path in _files(root, patterns)}
 
 
 def versions() -> dict[str, str]:
