@@ -14,7 +14,7 @@ import nbformat
 import yaml
 from papermill.translators import PythonTranslator, papermill_translators
 
-from patchbook.ranges import MARKS, RANGES, check_ranges
+from patchbook.ranges import Range, check_ranges, ranges_of
 from patchsae.runs.errors import PatchSAEError, printable
 
 
@@ -90,7 +90,7 @@ def read_parameters(notebook: Path) -> dict[str, Parameter]:
 def list_parameters(notebook: Path) -> str:
     """Write down every parameter of a notebook, a line each: type, default, legal values, comment."""
     declared = read_parameters(notebook)
-    known = RANGES if set(declared) >= MARKS else {}
+    known = ranges_of(declared)
     lines = []
     for name, parameter in declared.items():
         kind = "" if parameter.annotation is None else f": {ast.unparse(parameter.annotation)}"
@@ -111,7 +111,10 @@ def check_parameters(notebook: Path, given: Mapping[str, Any]) -> dict[str, Any]
             f"{notebook} has no parameter {_listed(unknown)}: "
             f"it takes {_listed(sorted(declared)) or 'none'}."
         )
-    typed = {name: _typed(notebook, declared[name], value) for name, value in given.items()}
+    known = ranges_of(declared)
+    typed = {
+        name: _typed(notebook, declared[name], value, known.get(name)) for name, value in given.items()
+    }
     check_ranges(typed, declared, notebook)
     return typed
 
@@ -129,7 +132,7 @@ def read_notebook(notebook: Path) -> nbformat.NotebookNode:
         ) from error
 
 
-def _typed(notebook: Path, parameter: Parameter, value: Any) -> Any:
+def _typed(notebook: Path, parameter: Parameter, value: Any, allowed: Range | None) -> Any:
     annotation = parameter.annotation
     if isinstance(value, str) and printable(value) != value:
         raise PatchSAEError(
@@ -142,8 +145,9 @@ def _typed(notebook: Path, parameter: Parameter, value: Any) -> Any:
             wants_float = isinstance(annotation, ast.Name) and annotation.id == "float"
             kind = _container(candidate, annotation)
             return float(candidate) if whole and wants_float else kind(candidate) if kind else candidate
+    legal = f" ({allowed})" if allowed else ""
     raise PatchSAEError(
-        f"Parameter {parameter.name!r} of {notebook} takes {ast.unparse(annotation)}, "
+        f"Parameter {parameter.name!r} of {notebook} takes {ast.unparse(annotation)}{legal}, "
         f"not {value!r}: its default is {parameter.source}."
     )
 

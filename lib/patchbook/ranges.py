@@ -77,19 +77,23 @@ RANGES: Mapping[str, Range] = {
 }
 
 
+def ranges_of(declared: Collection[str]) -> Mapping[str, Range]:
+    """Return the table for a notebook of the book; any other gives names its own meanings."""
+    return RANGES if set(declared) >= MARKS else {}
+
+
 def check_ranges(given: Mapping[str, Any], declared: Collection[str], where: object) -> None:
-    """Refuse values outside the table; a notebook that is none of the book's has its own meanings.
+    """Refuse values outside the table.
 
     Raises
     ------
     PatchSAEError : names every such parameter, its value and what is allowed.
     """
-    if not set(declared) >= MARKS:
-        return
+    known = ranges_of(declared)
     wrong = [
-        f"{name}={value!r} must be {RANGES[name]}"
+        f"{name}={value!r} must be {known[name]}"
         for name, value in given.items()
-        if name in RANGES and not RANGES[name].holds(value)
+        if name in known and not known[name].holds(value)
     ]
     if wrong:
         raise PatchSAEError(f"Parameters of {where} are out of range: {'; '.join(wrong)}.")

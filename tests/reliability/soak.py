@@ -18,11 +18,12 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import numpy as np  # noqa: E402
 from attacks import Tally, checkpoints, failing_disks, images, pickles, power_losses, stages  # noqa: E402
+from kills import notebooks, trainings  # noqa: E402
 
 from patchsae.runs.stage import git_commit, machine, write_json  # noqa: E402
 
 MEMORY = Path("/dev/shm")
-COUNTS = {images: 5000, checkpoints: 3000, stages: 1000, pickles: 1000}
+COUNTS = {images: 5000, checkpoints: 3000, stages: 1000, pickles: 1000, notebooks: 12, trainings: 4}
 
 
 def training(hours: float, folder: Path) -> dict[str, float]:
