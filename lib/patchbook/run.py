@@ -28,11 +28,13 @@ from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from traitlets import default
 
+from patchbook.lessons import put_first
 from patchbook.parameters import check_parameters, read_notebook
 from patchsae.runs.errors import PatchSAEError, printable
 from patchsae.runs.stage import write_atomic
 
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+USED = "PATCHSAE_USED"  # names the file that gets what an execution used: `patchbook.used`
 WATCH_SECONDS = 0.2  # between two looks at the memory of a kernel
 
 
@@ -62,6 +64,9 @@ class ThisInterpreter(AsyncKernelManager):
     def kernel_spec(self) -> KernelSpec:
         """Describe a kernel of this interpreter."""
         argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        if used := os.environ.get(USED):
+            line = f"from patchbook.used import record; record({used!r})"
+            argv.append(f"--IPKernelApp.exec_lines={[line]!r}")
         return KernelSpec(
             argv=argv,
             display_name="Python 3",
@@ -228,6 +233,7 @@ def _tidy(executed: Path, source: Path, out: Path, cost: Cost) -> None:
     for output in (output for cell in notebook.cells for output in cell.get("outputs", ())):
         if "text/html" in output.get("data", {}):
             output["data"].pop("application/vnd.jupyter.widget-view+json", None)
+    put_first(notebook)
     notebook.metadata["patchsae"] = cost._asdict()
     notebook.metadata["papermill"].update(input_path=str(source), output_path=str(out))
     nbformat.write(notebook, executed)

@@ -22,6 +22,7 @@ from patchsae.images.sets import ImageSet
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.stage import Stage, file_digest, jsonable, project_root, write_atomic, write_json
 from patchsae.sae.model import CONFIG, SAE, WEIGHTS, SAEConfig
+from patchsae.sae.sharing import CARD
 from patchsae.training.trainer import (
     METRICS,
     VERSION,
@@ -34,7 +35,7 @@ from patchsae.training.trainer import (
     write_metrics,
 )  # fmt: skip
 
-INDEX, CARD = "index.json", "card.json"
+INDEX = "index.json"
 REMEDY = "run 'make saes'"
 
 

@@ -16,7 +16,7 @@ import copy
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ from patchsae.images.files import Frame, as_frame
 from patchsae.runs.checks import check_counts, check_finite
 from patchsae.runs.errors import PatchSAEError, brief
 from patchsae.runs.progress import progress_bar
+
+CACHE = 800_000  # bytes of tokens per thread; a block's hidden layer is four times that
 
 
 class Backbone(nn.Module):
@@ -64,7 +66,8 @@ class Backbone(nn.Module):
 
         images: [B, 3, H, W], float, normalised by `normalize`. Raises PatchSAEError for others.
         """
-        return self.tower.run(self._embed(images), 0, self.block)
+        self._checked_images(images)
+        return self.in_parts(lambda part: self.tower.run(self._embed(part), 0, self.block), images)
 
     def finish(self, tokens: Tensor) -> Tensor:
         """Return the embeddings [B, e] that the rest of the tower makes of tokens [B, T, d].
@@ -78,7 +81,9 @@ class Backbone(nn.Module):
                 f"[B, {self.n_tokens}, {self.d_model}]: pass every token that `residual` returned."
             )
         tokens = tokens.to(self.device, self.dtype)
-        return self.tower.pool(self.tower.run(tokens, self.block, self.n_blocks))
+        return self.tower.pool(
+            self.in_parts(lambda part: self.tower.run(part, self.block, self.n_blocks), tokens)
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Return embeddings [B, e] of normalised images [B, 3, H, W]: finish ∘ residual."""
@@ -86,11 +91,29 @@ class Backbone(nn.Module):
 
     def residuals(self, images: Tensor, blocks: Iterable[int]) -> dict[int, Tensor]:
         """Return {block: tokens [B, T, d]} for several blocks in one pass."""
-        tokens, done, found = self._embed(images), 0, {}
-        for block in sorted({self._checked(block) for block in blocks}):
-            tokens, done = self.tower.run(tokens, done, block), block
-            found[block] = tokens
-        return found
+        self._checked_images(images)
+        wanted = sorted({self._checked(block) for block in blocks})
+
+        def streams(part: Tensor) -> Tensor:
+            tokens, done, found = self._embed(part), 0, []
+            for block in wanted:
+                tokens, done = self.tower.run(tokens, done, block), block
+                found.append(tokens)
+            return torch.stack(found, 1)
+
+        return dict(zip(wanted, self.in_parts(streams, images).unbind(1), strict=True))
+
+    def in_parts(self, run: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+        """Return `run` of a batch, on a processor a few images at a time.
+
+        The tokens of a large batch leave the processor's cache at every step of a block: 64 images at a
+        time take 1.5 times as long as 8, with the same bits (`benchmarks/`).
+        """
+        if self.device.type != "cpu" or torch.is_grad_enabled() or not len(batch):
+            return run(batch)
+        size = self.n_tokens * self.d_model * self.dtype.itemsize
+        few = max(1, CACHE * torch.get_num_threads() // size)
+        return torch.cat([run(part) for part in batch.split(few)]) if len(batch) > few else run(batch)
 
     def at_block(self, block: int) -> "Backbone":
         """Return a backbone that shares these weights but is cut after another block."""
@@ -182,9 +205,12 @@ class Backbone(nn.Module):
         return f"Backbone({cut}: {self.n_tokens} tokens × {self.d_model}, {self.dtype})"
 
     def _embed(self, images: Tensor) -> Tensor:
+        return self.tower.embed(images.to(self.device, self.dtype))
+
+    def _checked_images(self, images: Tensor) -> None:
         if not images.is_floating_point():
             raise PatchSAEError(f"images are {images.dtype}: pass them through `normalize` first.")
-        return self.tower.embed(self._checked_size(images).to(self.device, self.dtype))
+        self._checked_size(images)
 
     def _checked_size(self, images: Tensor) -> Tensor:
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, *self.tower.image_size):
@@ -228,18 +254,24 @@ class Backbone(nn.Module):
 def load_backbone(name, pretrained=None, *, block, device="cpu", dtype=torch.float32) -> Backbone:
     """Load a CLIP, or another vision transformer, and cut it after `block`.
 
-    name: an open_clip model name (`ViT-B-16-quickgelu`); `timm:` and a model name of timm
+    Parameters
+    ----------
+    name : an open_clip model name (`ViT-B-16-quickgelu`); `timm:` and a model name of timm
         (`timm:vit_small_patch14_dinov2.lvd142m`), which has no text; a folder laid out as either
         keeps one on the Hugging Face hub (open_clip_config.json and open_clip_model.safetensors,
         with bpe_simple_vocab.txt.gz where the vocabulary is a shortened one; or config.json and
         model.safetensors); `hf:organisation/name`, which is fetched once; or `patchsae:small_clip`,
         the small CLIP of this project, on drawings only.
-    pretrained: for a model name, a tag (`openai`, fetched by open_clip), a file
+    pretrained : for a model name, a tag (`openai`, fetched by open_clip), a file
         (safetensors, state dict, OpenAI's TorchScript archive ViT-B-16.pt), or None for random
         weights, which follow torch.manual_seed. Nothing is unpickled that could run code.
-    dtype: what the weights are converted to, whatever they are stored in.
-    Raises PatchSAEError for an unknown name or tag, a missing, damaged or misfitting file, a block
-    out of range, and weights that the model would run with the wrong GELU (facts.md §3).
+    block : counted from 1; 0 is the input of the first
+    dtype : what the weights are converted to, whatever they are stored in
+
+    Raises
+    ------
+    PatchSAEError : an unknown name or tag; a missing, damaged or misfitting file; a block out of range;
+        weights that the model would run with the wrong GELU (facts.md §3).
     """
     dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
@@ -275,10 +307,17 @@ def zero_shot_weights(
 
     Each prompt's embedding is normalised first. Equal class names stay separate rows. Underscores in names
     become spaces.
-    templates: strings with `{}` where the class name goes. batch_size: prompts per forward pass.
-    renormalize: normalise the mean again, as open_clip does; False is the released patchsae code,
-        where classes with dispersed prompts get shorter vectors (facts.md §3).
-    Raises PatchSAEError for an empty list and for a template without `{}`.
+
+    Parameters
+    ----------
+    templates : strings with `{}` where the class name goes
+    renormalize : normalise the mean again, as open_clip does; False is the released patchsae code,
+        where classes with dispersed prompts get shorter vectors (facts.md §3)
+    batch_size : prompts per forward pass
+
+    Raises
+    ------
+    PatchSAEError : an empty list; a template without `{}`.
     """
     templates = [templates] if isinstance(templates, str) else list(templates)
     check_counts(batch_size=batch_size)

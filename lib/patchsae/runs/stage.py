@@ -65,7 +65,7 @@ def write_atomic(path: str | Path, write_fn: Callable[[Path], object]) -> Path:
         write_fn(temporary)
         # mkstemp makes the file private; a result is as readable as any other new file.
         temporary.chmod(0o666 & ~_umask())
-        with temporary.open("rb") as written:
+        with temporary.open("r+b") as written:  # Windows flushes only what may be written
             os.fsync(written.fileno())
         os.replace(temporary, path)
     except Exception as error:
@@ -134,7 +134,7 @@ def file_digest(path: Path) -> str:
 
 def tree_digests(root: Path, *patterns: str) -> dict[str, str]:
     """Hash every file under `root` that matches a glob pattern, by its relative path."""
-    return {str(path.relative_to(root)): file_digest(path) for path in _files(root, patterns)}
+    return {path.relative_to(root).as_posix(): file_digest(path) for path in _files(root, patterns)}
 
 
 def versions() -> dict[str, str]:
