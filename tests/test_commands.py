@@ -6,18 +6,22 @@ A `# needs: …` line in a block marks the commands below it, to the end of the 
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import json
 import re
 import shlex
 import subprocess
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+import tyro
 import yaml
 
 import patchsae
 from patchbook.parameters import check_parameters
+from patchsae.command import GROUP, OWN
 from patchsae.runs.stage import project_root
 
 ROOT = project_root()
@@ -29,16 +33,17 @@ PAGES = [
 PAGES = [page for page in PAGES if page.name not in ("report.md",)]  # made by the build
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Commands whose options are tried here: each is run as a whole by the test file named.
-TRIED = {
-    "patchsae.explorer": ("patchsae.explorer.__main__", "test_explorer_page.py"),
-    "patchsae.sae.importers": ("patchsae.sae.importers", "test_importers.py"),
-    "patchsae.images.benchmark_sets": ("patchsae.images.benchmark_sets", "test_benchmark_sets.py"),
-    "patchbook.run": ("patchbook.run", "test_run.py"),
-    "patchbook.train": ("patchbook.train", "test_training.py"),
-    "patchbook.train_prompts": ("patchbook.train_prompts", "test_train_prompts.py"),
-    "patchsae.sae.sharing": ("patchsae.sae.sharing", "test_sharing.py"),
-    "patchbook.releases": ("patchbook.releases", "test_releases.py"),
+RUN_BY = {
+    "explore": "test_explorer_page.py",
+    "data": "test_benchmark_sets.py",
+    "import": "test_importers.py",
+    "push": "test_sharing.py",
+    "pull": "test_sharing.py",
+    "run": "test_run.py",
+    "train": "test_training.py",
+    "prompts": "test_train_prompts.py",
 }
+MODULES = {"patchbook.releases": "test_releases.py"}
 SCRIPTS = {
     "book/build.py": "test_build.py",
     "tests/test_versions.py": "test_versions.py",
@@ -69,6 +74,24 @@ def test_commands_are_found():
     assert sum(marked for *_, marked in ALL) >= 10
 
 
+def try_options(name: str, words: list[str]) -> None:
+    """Read a command's words as it would, and run nothing."""
+    if name in OWN:
+        told = []
+        stand_in = functools.wraps(OWN[name])(lambda *given, **named: told.append((given, named)))
+        tyro.cli(stand_in, args=words)
+        assert told
+        return
+    (point,) = entry_points(group=GROUP, name=name)
+    parser = importlib.import_module(point.module)._parser()
+    if "--help" in words:
+        assert parser.format_help()
+        return
+    given = parser.parse_args(words)
+    if name == "run":  # its parameters, too
+        assert check_parameters(ROOT / given.notebook, dict(given.p))
+
+
 @pytest.mark.parametrize(
     ("page", "command", "marked"), ALL, ids=[f"{page}: {command[:60]}" for page, command, _ in ALL]
 )
@@ -78,17 +101,12 @@ def test_a_command_is_there_with_its_options_or_says_what_it_needs(page, command
     if name == "make":
         told = subprocess.run(["make", "-n", *shlex.split(command)[1:]], cwd=ROOT, capture_output=True)
         assert told.returncode == 0, told.stderr
-    elif name == "python" and words[1] == "-m" and words[2] in TRIED:
-        module, where = TRIED[words[2]]
-        assert "main(" in (ROOT / "tests" / where).read_text("utf-8")
-        parser = importlib.import_module(module)._parser()
-        if "--help" in words:
-            assert parser.format_help()
-            return
-        given = parser.parse_args(words[3:])
-        if words[2] == "patchbook.run":  # its parameters, too
-            values = dict(given.p)
-            assert check_parameters(ROOT / given.notebook, values)
+    elif name == "patchsae":
+        assert "main(" in (ROOT / "tests" / RUN_BY[words[1]]).read_text("utf-8")
+        try_options(words[1], words[2:])
+    elif name == "python" and words[1] == "-m" and words[2] in MODULES:
+        assert "main(" in (ROOT / "tests" / MODULES[words[2]]).read_text("utf-8")
+        importlib.import_module(words[2])._parser().parse_args(words[3:])
     elif name == "python" and words[1] in SCRIPTS:
         assert (ROOT / words[1]).is_file() and (ROOT / "tests" / SCRIPTS[words[1]]).is_file()
     elif name == "python" and words[1:3] == ["-m", "pytest"]:

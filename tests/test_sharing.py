@@ -11,9 +11,10 @@ import pytest
 import yaml
 from hub_server import TOKEN, serve
 
+from patchsae.command import main
 from patchsae.runs.errors import PatchSAEError
 from patchsae.sae.model import CONFIG, SAE, WEIGHTS, SAEConfig
-from patchsae.sae.sharing import CARD, main, model_card, pull, push
+from patchsae.sae.sharing import CARD, model_card, pull, push
 
 NAME = "somebody/birds-sae"
 

@@ -230,7 +230,7 @@ def test_the_target_makes_an_autoencoder_again(target, tmp_path, capsys):
 
 def test_names_of_recipes():
     assert list(recipes(book_plan(), "")) == [
-        "main", "seed1", "seed2", "block2", "block5", "block8", "topk", "table2-baseline-fry",
+        "main", "seed1", "seed2", "block2", "block5", "block8", "topk", "maple", "table2-baseline-fry",
         "table2-cls-default", "table2-l1-is-0", "table2-l1-times-10", "table2-expansion-over-2",
         "table2-expansion-times-2", "table2-no-ghost", "table2-b-dec-from-mean",
     ]  # fmt: skip

@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from graphlib import TopologicalSorter
@@ -21,6 +22,7 @@ from patchbook.run import USED, NotebookFailed
 from patchbook.used import read_used, used_digest
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.stage import Stage, machine, versions, write_json
+from patchsae.runs.stopping import end_with_parent
 
 MEMORY = 2 * 2**30  # bytes that one chapter may want
 WIDTH = 3  # chapters that can run side by side at most, as they read each other
@@ -62,6 +64,7 @@ def execute(
     Raises PatchSAEError and NotebookFailed; what has been executed meanwhile is kept.
     """
     waits, made = readings(names, shipped), {}
+    readers = Counter(read for before in waits.values() for read in before)
     todo = TopologicalSorter(waits)
     todo.prepare()
     waiting: list[_Chapter] = []
@@ -84,7 +87,8 @@ def execute(
                         take(chapter)
                     else:
                         waiting.append(chapter)
-                waiting.sort(key=lambda chapter: names.index(chapter.name))
+                # the longest chain first: who is waited for most, then who has waited for most
+                waiting.sort(key=lambda one: (-readers[one.name], -len(waits[one.name]), one.name))
                 while waiting and len(running) < own.chapters:
                     chapter = waiting.pop(0)
                     print(f"{chapter.name}: running …", flush=True)
@@ -163,6 +167,7 @@ class _Chapter:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=end_with_parent,  # even where this build is killed
         )
         told = self.process.communicate()[1]
         if code := self.process.returncode:

@@ -8,6 +8,7 @@ import numpy as np
 import xarray as xr
 
 from patchbook.chapters.factors import Factor
+from patchbook.chapters.kept_truth import keep_truth
 from patchbook.chapters.opening import Run, shown
 from patchbook.chapters.truth import (
     Dictionary,
@@ -16,7 +17,6 @@ from patchbook.chapters.truth import (
     clearest,
     coverage,
     explained_by,
-    known_truth,
     selectivity,
 )
 from patchbook.chapters.verdicts import is_above
@@ -37,7 +37,8 @@ def ask(run: Run, images: int, pairs: int) -> Truth | None:
     """Ask the latents what they stand for; None for images that were not drawn from plans."""
     if not run.has_masks:
         return None
-    return known_truth(run.sae, run.backbone, TruthConfig(images=images, pairs=pairs, seed=run.seed))
+    config = TruthConfig(images=images, pairs=pairs, seed=run.seed)
+    return keep_truth(run.sae, run.backbone, config, run.root)
 
 
 def told(truth: Truth, factor: Factor | None = None) -> dict[str, float]:

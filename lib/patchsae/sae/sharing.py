@@ -6,12 +6,10 @@ python -m patchsae.sae.sharing pull hf:organisation/name FOLDER
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,37 +115,6 @@ def pull(source: str, folder: str | Path) -> Path:
     return folder
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0, or 2 for bad input."""
-    given = _parser().parse_args(argv)
-    try:
-        if given.what == "push":
-            print(push(given.folder, given.to, given.licence, given.private))
-        else:
-            print(pull(given.source, given.folder))
-    except PatchSAEError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m patchsae.sae.sharing",
-        description="Give an autoencoder to others with a model card, or bring one.",
-    )
-    parts = parser.add_subparsers(dest="what", required=True)
-    to = parts.add_parser("push", help="to the hub, or into a folder").add_argument
-    to("folder", type=Path, help="as training or an import wrote it")
-    to("to", help="hf:organisation/name, or a folder")
-    to("--licence", help="of the weights, as the hub names it (default: the card's, or 'other')")
-    to("--private", action="store_true", help="make a repository that only you can see")
-    bring = parts.add_parser("pull", help="from the hub, or from a folder, checked").add_argument
-    bring("source", help="hf:organisation/name, or a folder")
-    bring("folder", type=Path, help="where it goes")
-    return parser
-
-
 def _other_folder(folder: Path, source: Path) -> Path:
     if folder.exists() and folder.resolve() == source.resolve():
         raise PatchSAEError(f"'{folder}' is the folder that is read: give another to write to.")
@@ -222,7 +189,3 @@ def _page(sae: SAE, name: str, card: Mapping[str, Any]) -> list[str]:
         f"visual concepts during adaptation*]({PAPER}), ICLR 2025."
     ]
     return [re.sub(r"\s+$", "", line) for line in lines]
-
-
-if __name__ == "__main__":
-    sys.exit(main())
