@@ -308,7 +308,7 @@ def damaged_results(folder: str | Path) -> list[str]:
         try:
             if stage.manifest is None:
                 raise PatchSAEError(f"{path} is damaged: delete {path.parent}, and it is made anew.")
-            stage._check_files()
+            stage.check()
         except PatchSAEError as error:
             problems.append(str(error))
     return problems
