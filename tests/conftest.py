@@ -45,7 +45,8 @@ FLAGS = [
 ]
 
 
-FIRST, LAST = ("test_notebooks.py",), ("test_report.py", "test_book.py", "test_explorer_browser.py")
+FIRST = ("test_notebooks.py",)
+LAST = ("test_report.py", "test_pages.py", "test_book.py", "test_explorer_browser.py")
 
 
 def pytest_collection_modifyitems(items):

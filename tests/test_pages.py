@@ -24,11 +24,12 @@ TOC = [page for page in re.findall(r"file:\s*(\S+)", (ROOT / "_toc.yml").read_te
 
 
 def public(module: str) -> list[ast.AST]:
-    """Return functions and classes of a module that do not begin with '_'."""
+    """Return functions and classes of a module that do not begin with '_' and are no kernels."""
     path = LIB.parent.joinpath(*module.split(".")).with_suffix(".py")
     kinds = (ast.FunctionDef, ast.ClassDef)
     body = ast.parse(path.read_text("utf-8")).body
-    return [node for node in body if isinstance(node, kinds) and not node.name.startswith("_")]
+    found = [node for node in body if isinstance(node, kinds) and not node.name.startswith("_")]
+    return [node for node in found if "compiled" not in map(ast.unparse, node.decorator_list)]
 
 
 def test_every_page_of_the_guides_and_the_reference_is_in_the_contents():
