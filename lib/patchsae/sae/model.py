@@ -324,7 +324,7 @@ class SAE(nn.Module):
                 f"'{error.filename or folder}' does not exist; train an SAE first "
                 f"(notebook 01_training) or give the folder of one."
             ) from error
-        except (ValueError, RecursionError, SafetensorError) as error:  # the first of JSON and of UTF-8
+        except (OSError, ValueError, RecursionError, SafetensorError) as error:  # also of JSON and UTF-8
             raise PatchSAEError(
                 f"'{folder}' holds no readable SAE ({error}); delete the folder and train it again."
             ) from error
