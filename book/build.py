@@ -10,12 +10,15 @@ what it used, so an interrupted build goes on where it stopped and a second buil
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import json
 import re
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -24,6 +27,7 @@ import yaml
 
 from patchbook.executing import Executed, execute, with_text_of
 from patchbook.parameters import read_notebook
+from patchbook.reliability import write_page
 from patchbook.run import NotebookFailed
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.stage import (
@@ -35,8 +39,10 @@ from patchsae.runs.stage import (
     write_atomic,
     write_json,
 )
+from patchsae.runs.stopping import Stopped, end_with_parent, stoppable
 
 REPORT = "book/report"  # a page that is made here
+RELIABILITY = "book/reliability"  # another, from the last soak
 DIGEST = "book/digest.txt"  # and what the introduction includes of it, no page of its own
 MATHJAX = "tex-svg-full.js"
 SMALL = "book/small.yml"  # parameters of each notebook for a build whose numbers mean nothing
@@ -113,7 +119,12 @@ def bring_blocks(root: Path) -> None:
                 f"{folder}, which a notebook's explorer shows, has gone: run `make clean book`."
             )
         for file in files:
-            place(file, static / name / file.name)
+            target = static / name / file.name
+            if not target.is_file() or file_digest(file) != file_digest(target):
+                from patchsae.explorer.blocks import read_block  # waits for torch
+
+                read_block(folder, file.stem)  # the page runs it, and `results/` may be anybody's
+            place(file, target)
     for stale in static.glob("*"):
         if stale.name not in wanted:
             shutil.rmtree(stale)
@@ -162,7 +173,8 @@ def render(root: Path, build: Path) -> Path:
     command = [Path(sys.executable).with_name("jupyter-book"), "build", root]
     command += ["--toc", root / "_toc.yml", "--config", root / "_config.yml"]
     command += ["--path-output", build.parent, "-W", "-n", "--keep-going", "--quiet"]
-    rendered = subprocess.run([str(word) for word in command], cwd=root)
+    # a build that is killed leaves nobody behind who writes into the next one's pages
+    rendered = subprocess.run([str(word) for word in command], cwd=root, preexec_fn=end_with_parent)
     if rendered.returncode:
         raise PatchSAEError("jupyter-book refused the book: mend the warnings above, then rebuild.")
     # jupyter-book 2 ignores _toc.yml, builds nothing and says nothing.
@@ -175,6 +187,19 @@ def render(root: Path, build: Path) -> Path:
     write_atomic(record, lambda temporary: temporary.write_text(digest(inputs)))
     print(f"pages: {time.perf_counter() - started:.1f} s", flush=True)
     return index
+
+
+@contextlib.contextmanager
+def alone(root: Path) -> Iterator[None]:
+    """Wait until no other build works in this clone: all of them write into `book/`."""
+    (root / "_build").mkdir(exist_ok=True)
+    with (root / "_build" / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            print("another build is at work in this clone: waiting for it", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def missing(root: Path, html: Path) -> list[str]:
@@ -191,14 +216,20 @@ def main() -> int:
         root = project_root()
         build = root / "_build" / "small" / "_build" if small else root / "_build"
         parameters = yaml.safe_load((root / SMALL).read_text(encoding="utf-8")) if small else {}
-        executed = execute_notebooks(root, build, parameters)
-        bring_mathjax(root)
-        bring_blocks(root)
-        if REPORT in pages(root):
-            write_report(root, build, executed)
-        index = render(root, build)
-        if REPORT in pages(root):
-            place(build / "report.json", build / "html" / "report.json")
+        with stoppable(), alone(root):
+            executed = execute_notebooks(root, build, parameters)
+            bring_mathjax(root)
+            bring_blocks(root)
+            if REPORT in pages(root):
+                write_report(root, build, executed)
+            if RELIABILITY in pages(root):
+                place(write_page(root, build / "reliability.md"), root / f"{RELIABILITY}.md")
+            index = render(root, build)
+            if REPORT in pages(root):
+                place(build / "report.json", build / "html" / "report.json")
+    except Stopped as stop:
+        print(f"error: {stop} stopped the build; the same command goes on where it was.", file=sys.stderr)
+        return stop.code
     except (PatchSAEError, NotebookFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

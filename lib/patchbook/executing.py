@@ -22,6 +22,7 @@ from patchbook.run import USED, NotebookFailed
 from patchbook.used import read_used, used_digest
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.stage import Stage, machine, versions, write_json
+from patchsae.runs.stopping import end_with_parent
 
 MEMORY = 2 * 2**30  # bytes that one chapter may want
 WIDTH = 3  # chapters that can run side by side at most, as they read each other
@@ -166,6 +167,7 @@ class _Chapter:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=end_with_parent,  # even where this build is killed
         )
         told = self.process.communicate()[1]
         if code := self.process.returncode:

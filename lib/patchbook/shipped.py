@@ -25,6 +25,7 @@ from patchsae.runs.stage import Stage, digest, file_digest, jsonable, versioned,
 from patchsae.sae.model import CONFIG, SAE, WEIGHTS, SAEConfig
 from patchsae.sae.sharing import CARD
 from patchsae.training.trainer import (
+    FILES,
     METRICS,
     VERSION,
     TrainConfig,
@@ -152,7 +153,7 @@ def find_or_train(
     def make() -> None:
         found.sae.save(stage.path)
         write_metrics(stage.path, found.metrics)
-        stage.finish(seed=config.seed, shipped=found.name, tokens=found.card.get("tokens"))
+        stage.finish(*FILES, seed=config.seed, shipped=found.name, tokens=found.card.get("tokens"))
 
     stage.once(make)
     return Trained(found.sae, found.metrics, stage.path, found.name)

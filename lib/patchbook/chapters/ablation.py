@@ -334,7 +334,7 @@ def _run(design: Design, sweep: Sweep, train: ImageSet, test: ImageSet, root: st
     def make() -> None:
         row = _measured(design, sweep, train, test, root)
         write_json(stage.path / RESULT, row._asdict())
-        stage.finish(seed=sweep.seed)
+        stage.finish(RESULT, seed=sweep.seed)
 
     stage.once(make)
 

@@ -86,7 +86,7 @@ def read_card(folder: str | Path) -> PromptCard:
     """Read prompts.json. Raises PatchSAEError if it is missing or damaged."""
     path = Path(folder) / CARD
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
+        card = json.loads(path.read_text(encoding="utf-8-sig"))
         config = PromptConfig(**{field.name: card[field.name] for field in fields(PromptConfig)})
         return PromptCard(
             config, tuple(card["classnames"]), card["seed"], str(card["source"]), str(card["backbone"])

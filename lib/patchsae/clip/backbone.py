@@ -16,6 +16,7 @@ import copy
 import functools
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -339,7 +340,24 @@ def zero_shot_weights(
             unit = F.normalize(backbone.encode_text(prompts, normalize=False).float(), dim=-1)
             rows.append(unit.unflatten(0, (len(names), len(templates))).mean(1))
     weights = torch.cat(rows)
+    _warn_of_twins(F.normalize(weights, dim=-1), classnames)
     return F.normalize(weights, dim=-1) if renormalize else weights
+
+
+def _warn_of_twins(weights: Tensor, classnames: Sequence[str]) -> None:
+    """Warn of different class names with one vector: what is beyond the model's context is not read."""
+    plain = [" ".join(name.replace("_", " ").casefold().split()) for name in classnames]
+    # a block of rows at a time: 20,000 classes are 1.6 GB of cosines
+    for start in range(0, len(plain), 1024):
+        near = (weights[start : start + 1024] @ weights.T > 1 - 1e-6).nonzero().tolist()
+        for i, j in near:
+            if start + i < j and plain[start + i] != plain[j]:
+                warnings.warn(
+                    f"class names '{classnames[start + i]:.80}' and '{classnames[j]:.80}' are one to the "
+                    "model, which reads no more words than its context has: shorten what they share.",
+                    stacklevel=3,
+                )
+                return
 
 
 def zero_shot_logits(

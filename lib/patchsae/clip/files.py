@@ -175,7 +175,7 @@ def find_clip(name, pretrained=None) -> ClipSource | TimmSource:
         if pretrained is not None:
             raise PatchSAEError(f"{folder} has its own weights: drop pretrained={pretrained!r}.")
         if not weights.is_file():
-            raise PatchSAEError(f"{folder} has no {WEIGHTS}: run `make clip`, or copy it there.")
+            raise PatchSAEError(f"{folder} has no {WEIGHTS}: {_remedy(folder)}.")
         vocabulary = vocabulary if vocabulary.is_file() else None
         label, identifier = folder.resolve().name, f"local-dir:{folder}"
         return ClipSource(label, identifier, weights=weights, vocabulary=vocabulary)
@@ -187,13 +187,19 @@ def find_clip(name, pretrained=None) -> ClipSource | TimmSource:
         tag, weights = _tag_or_file(wanted, pretrained)
         return ClipSource(wanted, wanted, tag, weights)
     if folder.is_dir():
-        raise PatchSAEError(f"{folder} has no {CONFIG}: run `make clip`, or copy a model there.")
+        raise PatchSAEError(f"{folder} has no {CONFIG}: {_remedy(folder)}.")
     if "/" in name or "\\" in name:
         missing = folder.absolute()
-        raise PatchSAEError(f"There is no folder {missing}: correct it, or run `make clip`.")
+        hub = f", or write hf:{name} for a model of the Hugging Face hub" if name.count("/") == 1 else ""
+        raise PatchSAEError(f"There is no folder {missing}: {_remedy(folder)}{hub}.")
     close = difflib.get_close_matches(wanted.lower(), models, n=3, cutoff=0.5)
     hint = " or ".join(models[key] for key in close) or "a name from open_clip.list_models()"
     raise PatchSAEError(f"{name!r} is neither an open_clip model nor a folder: is it {hint}?")
+
+
+def _remedy(folder: Path) -> str:
+    # of the book's own model alone
+    return "run `make clip`" if folder.name == "small_clip" else "correct the path, or copy a model there"
 
 
 def _tag_or_file(model: str, pretrained) -> tuple[str | None, Path | None]:

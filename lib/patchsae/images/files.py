@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from patchsae.images.contents import check_decodable, content_digests
 from patchsae.images.reading import SUFFIXES, read_image
 from patchsae.images.reading import VERSION as READING
 from patchsae.images.sets import Batch, ImageSet
@@ -149,22 +150,19 @@ class FileImages(ImageSet):
         return self.paths.name(index)
 
     def fingerprint(self) -> str:
-        # size and time of change stand for the content: ImageNet's cannot be read at every start.
-        # Kept, because asking for those of 1.28 million files takes seconds.
+        # Kept, because asking for size and time of 1.28 million files takes seconds.
         if self._fingerprint is None:
             content = hashlib.sha256(json.dumps([frame_key(self.frame), len(self), READING]).encode())
             content.update(self.labels.tobytes())
-            for index in range(len(self)):
-                name = self.paths.name(index)
-                try:
-                    found = os.stat(f"{self.root}/{name}")
-                except OSError as error:
-                    raise PatchSAEError(
-                        f"cannot read image '{self.root}/{name}' ({error.strerror}); put it back."
-                    ) from error
-                content.update(os.fsencode(f"{name}\0{found.st_size} {found.st_mtime_ns}\n"))
+            names = [self.paths.name(index) for index in range(len(self))]
+            for name, held in zip(names, content_digests(self.root, names), strict=True):
+                content.update(os.fsencode(name) + b"\0" + held)
             self._fingerprint = content.hexdigest()[:16]
         return self._fingerprint
+
+    def check_readable(self, indices: Sequence[int]) -> None:
+        names = [self.paths.name(int(index)) for index in indices]
+        check_decodable(self.root, names, self.name)
 
 
 class FolderImages(FileImages):

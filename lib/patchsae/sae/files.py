@@ -34,7 +34,7 @@ def read_sae(folder: Path, device: str | torch.device) -> tuple[SAEConfig, dict[
     PatchSAEError : a file is missing, damaged or of another format; a weight is not finite.
     """
     try:
-        values = json.loads((folder / CONFIG).read_text("utf-8"))
+        values = json.loads((folder / CONFIG).read_text("utf-8-sig"))
         weights = load_file(folder / WEIGHTS, device=str(device))
     except FileNotFoundError as error:
         raise PatchSAEError(
