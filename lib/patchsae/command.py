@@ -200,9 +200,9 @@ def check(folder: Positional[Path] = Path("results")) -> int:
     folder
         of results
     """
-    from patchsae.runs.stage import damaged_results
+    from patchsae.runs.verify import verify_results
 
-    problems = damaged_results(folder)
+    problems = verify_results(folder)
     print("\n".join(problems) or f"{folder}: every finished result is as it was made")
     return int(bool(problems))
 
