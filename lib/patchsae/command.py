@@ -192,6 +192,42 @@ def export(source: Source, out: Out) -> int:
     return 0
 
 
+def push(folder: Source, to: Positional[str], *, licence: str | None = None, private: bool = False) -> int:
+    """Give an autoencoder to others with a model card: to the Hugging Face hub, or into a folder.
+
+    Parameters
+    ----------
+    folder
+        folder of an autoencoder that was trained or imported here
+    to
+        hf:organisation/name, or a folder
+    licence
+        of the weights, as the hub names it (None: the card's, or other)
+    private
+        make a repository that only you can see
+    """
+    from patchsae.sae import sharing
+
+    print(sharing.push(folder, to, licence, private))
+    return 0
+
+
+def pull(source: Positional[str], out: Out) -> int:
+    """Bring an autoencoder that others gave, checked: from the Hugging Face hub, or from a folder.
+
+    Parameters
+    ----------
+    source
+        hf:organisation/name, or a folder
+    out
+        folder where it goes
+    """
+    from patchsae.sae import sharing
+
+    print(sharing.pull(source, out))
+    return 0
+
+
 def check(folder: Positional[Path] = Path("results")) -> int:
     """Tell whether every finished result in and below a folder is as it was made.
 
@@ -212,6 +248,8 @@ OWN: dict[str, Callable[..., int]] = {
     "data": data,
     "import": import_,
     "export": export,
+    "push": push,
+    "pull": pull,
     "check": check,
 }
 
