@@ -13,8 +13,9 @@ from tiny_explorer import HASH, make_parts, sparse_sae, tiny_atlas, tuned
 
 from patchbook.run import run_notebook
 from patchsae.explorer import Explorer, ExplorerConfig, Shown, write_blocks
-from patchsae.explorer.blocks import LIMIT, pack, read_activations, read_block, unpack
+from patchsae.explorer.blocks import LIMIT, read_activations, read_block
 from patchsae.explorer.data import Activations, group_latents, image_values, patch_map, patch_values
+from patchsae.explorer.packing import pack, unpack
 from patchsae.explorer.widget import read_picture
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.stage import project_root
