@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         pictures = open_images(options.images, clip)
         lens = _lens(options, clip, pictures)
         shown = not options.quiet
-        explorer = explore(lens, pictures, options.results, options.gallery, progress=shown)
+        explorer = explore(lens, pictures, options.results, options.gallery, shown, options.classes)
         explorer.save(out)
     except PatchSAEError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--block", type=int, required=True, help="block whose output is decomposed, from 1")
     add("--sae", help="folder or file of a trained autoencoder, or hf:organisation/name")
     add("--gallery", type=int, default=12, help="pictures to choose from on the page (default: 12)")
+    add("--classes", nargs="+", default=(), metavar="NAME", help="names to choose from, not the folders")
     add("--out", type=Path, default=Path("explorer.html"), help="the page (default: explorer.html)")
     add("--results", type=Path, default=Path(RESULTS), help=f"what is computed (default: {RESULTS})")
     add("--device", default="cpu", help="'cpu' (default) or 'cuda'")

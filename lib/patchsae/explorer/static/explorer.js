@@ -21,8 +21,9 @@ function render({ model, el }) {
   const own = new Map(); // pictures of the reader's that the page's model took: number to pixels
   const load = (name, decode) => ownBlock(name) ?? fetched(name, decode);
   const answers = answering(model, index, load), canRun = () => index.live || (inPage && index.engine);
+  const canType = () => index.live || (inPage && Boolean(index.engine?.text?.some(Boolean)));
   const referenceLines = references(index, fetched);
-  const page = frame({ index, alone, plain, sides, named, canRun: Boolean(canRun()) });
+  const page = frame({ index, alone, plain, sides, named, canRun: Boolean(canRun()), canType: canType() });
   const { root, at } = page;
   el.append(root);
   const say = (text, wrong = false) => {
@@ -106,7 +107,7 @@ function render({ model, el }) {
     at("opacity").value = state.opacity;
     at("mask").checked = state.mask;
     if (!alone) at("model").value = state.adapted;
-    if (canRun()) at("classes").value = state.classes.join(", ");
+    if (canType()) at("classes").value = state.classes.join(", ");
     const gain = state.gains[state.latent] ?? 1;
     at("gain").value = gain;
     at("gain-value").textContent = `× ${gain}`;
@@ -340,7 +341,7 @@ function render({ model, el }) {
     at("first").textContent = firstSentence();
     if (!index.groups[group].asked && !typed.length)
       return at("answers").replaceChildren(element("p", { class: "small" },
-        canRun() ? "There is one class alone to choose from: type class names below." : "There is one class alone to choose from."));
+        canType() ? "There is one class alone to choose from: type class names below." : "There is one class alone to choose from."));
     const keepOrder = shown.order.length ? shown.order : strongest(shown.values[0][0], shown.latents.left_out, 100);
     const wanted = changeOf(state, keepOrder), changed = !isPlain(wanted), none = { gains: [], rest: 1, patch: null };
     at("keep-note").textContent = state.keep && `The first ${state.k} of ${shown.order.length

@@ -1,7 +1,7 @@
 
 // What stands on the page before anything is loaded: two panes, the left of which keeps the picture in sight.
 
-function frame({ index, alone, plain, sides, named, canRun }) {
+function frame({ index, alone, plain, sides, named, canRun, canType }) {
   const { grid: [rows, columns], live } = index, level = document.querySelector("h2") ? 3 : 2; // below the page's own
   const part = (name, tag = "div", attributes = {}, ...children) => element(tag, { "data-part": name, ...attributes }, ...children);
   const note = (name, text = "") => part(name, "p", { class: "small" }, text);
@@ -38,7 +38,7 @@ function frame({ index, alone, plain, sides, named, canRun }) {
       label("The top ", part("k", "input", { type: "number", min: 1, max: 100, step: 1 }), " latents ",
         part("keep", "select", {}, option("", "as they are"), option("on", "on, all others off"), option("off", "off")))),
     note("keep-note"),
-    ...(canRun ? [row(label("Class names, with commas ", part("classes", "input", { type: "text", size: 26, placeholder: "cat, dog, apple" })))] : []));
+    ...(canType ? [row(label("Class names, with commas ", part("classes", "input", { type: "text", size: 26, placeholder: "cat, dog, apple" })))] : []));
 
   const lists = section(alone ? "Choose a latent" : "Choose the adapted model and a latent",
     ...(alone ? [] : [element("p", {}, label("Compare CLIP with ",
