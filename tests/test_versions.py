@@ -106,7 +106,7 @@ def of_ablation(root: Path) -> dict:
 def of_explorer(root: Path) -> dict:
     folder, found = make_parts(root).folder, {}
     for file in sorted(folder.glob("*.js")):
-        # the model in the page is judged by what it computes; which of two equal neighbours is first, by nobody
+        # the model in the page is judged by what it computes; of two equal neighbours either may be first
         if file.stem.startswith(("engine", "tower-", "words-", "near-")):
             continue
         for place, packed in arrays_in(blocks.read_block(folder, file.stem)):
