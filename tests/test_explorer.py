@@ -152,7 +152,10 @@ def test_a_killed_run_goes_on_and_a_finished_one_does_nothing(parts):
         folder = write_blocks(parts.sae, HASH, parts.models, again, parts.sets, root, progress=False)
         assert folder == parts.folder
         assert {path: path.read_bytes() for path in folder.glob("*.js")} == files
-    assert [path for path in files if path.stat().st_mtime_ns != times[path]] == [lost]
+    # the model's own files are made in one go, and again
+    own = ("engine", "tower-", "words-", "vectors-")
+    changed = [path for path in files if path.stat().st_mtime_ns != times[path]]
+    assert [path for path in changed if not path.stem.startswith(own)] == [lost]
 
 
 def test_blocks_and_page_are_small(parts):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ from patchsae.explorer.names import Vocabulary, labels_as_words, name_latents
 from patchsae.explorer.packing import COLUMNS, pack, unpack
 from patchsae.explorer.references import CELLS, LATENTS, Looks, write_references
 from patchsae.explorer.relations import fires_on, leading_class, near_block
-from patchsae.explorer.weights import write_model
+from patchsae.explorer.weights import worker_source, write_model
 from patchsae.images.sets import ImageSet, short_hash
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.stage import Stage, write_atomic, write_json
@@ -160,7 +161,7 @@ def write_blocks(
             "notices": [notice for notice in notices if notice],
         }
         write_json(stage.path / INDEX, index)
-        stage.finish("*.js", bytes=sum(path.stat().st_size for path in stage.path.glob("*.js")))
+        stage.finish("*.js", INDEX, bytes=sum(path.stat().st_size for path in stage.path.glob("*.js")))
 
     return stage.once(make)
 
@@ -184,6 +185,31 @@ def digest(known: np.ndarray) -> str:
     return short_hash([list(known.shape), np.packbits(known).tolist()])
 
 
+def check_block(path: Path) -> Any:
+    """Return what a block holds.
+
+    A page runs blocks as scripts, and `results/` may be somebody else's, so whatever does more than hand
+    over data is refused.
+
+    Raises
+    ------
+    OSError, ValueError : it is missing; it is no call of `receive` alone, with its own folder and name and
+        JSON.
+    """
+    raw, (head, tail) = path.read_bytes(), _call(path.parent.name, path.stem)
+    text = raw.decode("utf-16" if raw.startswith(b"\xff\xfe") else "utf-8")  # weights are the former
+    if not (text.startswith(head) and text.endswith(tail)):
+        raise ValueError("it does more than hand over data")
+    found = json.loads(text[len(head) : -len(tail)], strict=False)  # weights are any characters
+    if path.stem == "engine" and found.get("source") != worker_source():
+        raise ValueError("the program in it is not this version's")
+    return found
+
+
+def _call(folder: str, name: str) -> tuple[str, str]:
+    return f'patchsaeExplorer.receive("{folder}","{name}",', ");\n"
+
+
 def read_block(folder: str | Path, name: str) -> Any:
     """Read a block back, as the live explorer does.
 
@@ -193,9 +219,7 @@ def read_block(folder: str | Path, name: str) -> Any:
     try:
         if not re.fullmatch(r"[a-z]+(-\d+){0,2}", name):
             raise ValueError("no name of a block")
-        text = path.read_text(encoding="utf-8")
-        start = text.index(",", text.index(",") + 1) + 1
-        return json.loads(text[start : text.rindex(")")])
+        return check_block(path)
     except (OSError, ValueError) as error:
         raise PatchSAEError(
             f"{path} cannot be read ({error}): delete its folder and run the notebook again."
@@ -221,10 +245,11 @@ def read_index(folder: str | Path) -> dict[str, Any]:
 
 def _write(folder: Path, name: str, make: Callable[[], Any]) -> None:
     path = folder / f"{name}.js"
-    if path.is_file():
+    with suppress(OSError, ValueError):  # what a killed run left, or somebody put there, is made anew
+        check_block(path)
         return
     content = json.dumps(make(), separators=(",", ":"))
-    text = f'patchsaeExplorer.receive("{folder.name}","{name}",{content});\n'
+    text = content.join(_call(folder.name, name))
     if len(text) > LIMIT:
         raise PatchSAEError(
             f"block '{name}' of the explorer takes {len(text):,} bytes, more than {LIMIT:,}: lower "
