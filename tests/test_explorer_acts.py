@@ -110,3 +110,13 @@ def test_a_view_can_be_kept_as_picture_and_numbers(opened, tmp_path):  # noqa: F
     kept = json.loads((tmp_path / "numbers.json").read_text("utf-8"))
     assert kept["state"] == drawn_state(opened) and len(kept["answers"]) == 2
     assert kept["latent"]["number"] == kept["state"]["latent"]
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_nothing_wrong(opened, theme):  # noqa: F811
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    opened.evaluate("theme => { document.documentElement.dataset.theme = theme; }", theme)
+    part(opened, "off").click()
+    drawn(opened)
+    found = axe.run(opened, context=".px").response["violations"]
+    assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in found] == []
