@@ -14,13 +14,26 @@ from tiny import CONFIG, tiny_backbone, tiny_images
 
 from patchbook import train
 from patchsae.runs.errors import PatchSAEError
-from patchsae.sae.model import SAE, Loss, SAEConfig, geometric_median, geometric_median_images
+from patchsae.sae.model import SAE, Loss, SAEConfig
 from patchsae.sae.step import Execution, Stepper
-from patchsae.training.starts import BiasInit, initial_bias, initial_rows
+from patchsae.training.starts import (
+    BiasInit,
+    geometric_median,
+    geometric_median_images,
+    initial_bias,
+    initial_rows,
+)
 from patchsae.training.stream import TokenStream
 from patchsae.training.trainer import CHECKPOINT, TrainConfig, train_sae
 
 SAE_CONFIG = SAEConfig(d_in=32, expansion=4, l1=1e-4)
+
+
+def test_training_learns_where_its_caller_only_measures(backbone, images, tmp_path):
+    with torch.no_grad():
+        inside = train_sae(images, backbone, SAE_CONFIG, CONFIG, tmp_path / "a", progress=False)
+    outside = train_sae(images, backbone, SAE_CONFIG, CONFIG, tmp_path / "b", progress=False)
+    assert torch.equal(inside.sae.W_dec, outside.sae.W_dec)
 
 
 def test_training_reconstructs_better_and_is_done_once(backbone, images, tmp_path):

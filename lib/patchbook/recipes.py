@@ -110,7 +110,8 @@ def measure(recipe: Recipe, trained: Trained, sets: Sets, setup: Scale, plan: Pl
     """
     sae, tokens = trained.sae, recipe.task.train.tokens
     test = sets.test.sample(plan.test_images)
-    images, past = from_cache(test, recipe.backbone, work)
+    prompted = "prompt" in recipe.backbone.token_kind  # tokens of prompts are not cached
+    images, past = from_cache(test, recipe.backbone, "" if prompted else work)
     rebuilt = reconstruction(sae, past, images, tokens)
     stream = TokenStream(recipe.task.images, recipe.backbone, recipe.task.train)
     start = SAE(sae.config, recipe.task.train.seed)

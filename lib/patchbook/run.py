@@ -186,10 +186,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m patchbook.run",
+        prog="patchsae run",
         description="Execute a notebook with other parameters; "
         "its result appears at OUT only if every cell ran.",
-        epilog="Example: python -m patchbook.run notebooks/01_training.ipynb out.ipynb -p seed 1. "
+        epilog="Example: patchsae run notebooks/01_training.ipynb out.ipynb -p seed 1. "
         "A value is read by the type of the parameter's default: 3, 1e-4, true, none, text, or a "
         "list such as '[1, 2]'. Exit code: 0 done; 1 a cell failed, and the partial notebook is "
         "kept beside OUT as .failed.ipynb; 2 bad input; 130, 143 or 129 it was stopped by Ctrl-C or a "

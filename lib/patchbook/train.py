@@ -1,4 +1,4 @@
-"""Train an SAE from the command line: `python -m patchbook.train`, or torchrun for several processes."""
+"""Train an SAE from the command line: `patchsae train`, or torchrun for several processes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _train(options: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m patchbook.train",
+        prog="patchsae train",
         description="Train a sparse autoencoder, or find it if it is there. A run that was stopped goes on "
         "when the same command is given again. What is not given is the scale's.",
         epilog="Several processes: torchrun --nproc-per-node 2 -m patchbook.train --device cuda. "

@@ -11,6 +11,7 @@ import numpy as np
 import xarray as xr
 from torch import Tensor
 
+from patchbook.own import own_sae, own_sets
 from patchbook.scales import Scale, Sets
 from patchbook.scales import scale as open_scale
 from patchsae.clip.backbone import Backbone, zero_shot_weights
@@ -42,10 +43,14 @@ class Run:
     seed: int
     workers: int = 0
     """Processes that decode images."""
+    given: str = ""
+    """Folder, file or hub name of an autoencoder that is taken as it is."""
 
     @cached_property
     def trained(self) -> Trained:
-        """Return the autoencoder of this run: shipped, found in results, or trained now."""
+        """Return the autoencoder of this run: given, shipped, found in results, or trained now."""
+        if self.given:
+            return own_sae(self.given, self.backbone, self.root)
         return self.setup.trained_sae(
             self.sets.train, self.backbone, self.root, self.changes.sae, self.changes.train
         )
@@ -103,20 +108,37 @@ class Run:
 def open_run(
     scale: str, *, data: str, model: str, pretrained: str, block: int, device: str, seed: int, results: str,
     images: int = 0, expansion: int = 0, l1: float = -1.0, ghost: bool = True, workers: int = 0,
+    activation: str = "", active: int = 0, sae: str = "", pictures: str = "",
 ) -> Run:  # fmt: skip
     """Open what the parameters of a chapter ask for; the autoencoder is trained when it is first needed.
 
-    `images=0`, `expansion=0` and a negative `l1` take the scale's. Raises PatchSAEError as `scale`,
-    `load_backbone` and the image sets do.
+    `images=0`, `expansion=0` and a negative `l1` take the scale's, and so does `activation=''`; with 'topk'
+    and 'batchtopk', `active` latents per token are kept and nothing is penalised unless `l1` says so.
+
+    Parameters
+    ----------
+    sae : folder, file or `hf:organisation/name` of an autoencoder to be taken as it is; '' trains one
+    pictures : folder, shards, or set of another library in place of the scale's images (`open_images`)
+
+    Raises
+    ------
+    PatchSAEError : as `scale`, `load_backbone`, the image sets and SAEConfig.
     """
     setup = open_scale(scale)
     backbone = setup.backbone(model, pretrained, block=block, device=device)
+    least = activation in ("topk", "batchtopk")
     changes = Changes(
-        {"expansion": expansion or None, "l1": l1 if l1 >= 0 else None, "ghost": ghost},
+        {
+            "expansion": expansion or None,
+            "l1": l1 if l1 >= 0 else 0.0 if least else None,
+            "ghost": ghost,
+            "activation": activation or None,
+            "k": (active or setup.topk_sae.get("k")) if least else None,
+        },
         {"images": images or None, "seed": seed},
     )
-    sets = setup.sets(backbone, data)
-    return Run(setup, backbone, sets, project_root() / results, changes, seed, workers)
+    sets = own_sets(pictures, backbone) if pictures else setup.sets(backbone, data)
+    return Run(setup, backbone, sets, project_root() / results, changes, seed, workers, sae)
 
 
 def pictures(batch: Tensor) -> list[np.ndarray]:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from patchbook.chapters.against_untrained import Learned, measure
-from patchbook.chapters.learned import SEVERAL
 from patchbook.chapters.learned import table as goals
 from patchbook.chapters.opening import Run
 from patchbook.chapters.probes import open_probes
 from patchbook.chapters.table2 import Ablation
 from patchbook.lessons import Lesson
 from patchbook.recipes import TWIN
-from patchbook.tables import Table, estimate, fixed
+from patchbook.tables import Estimate, Table, estimate, fixed
 from patchsae.latents.stability import Against, matched_cosines, pairs, pw_mcc
 from patchsae.runs.intervals import bootstrap
 from patchsae.runs.stage import project_root
@@ -176,8 +175,20 @@ def learned(
 
 def goal_table(measured: Mapping[str, Learned]) -> Table:
     """Return every goal, what each autoencoder reaches, and who reaches it."""
-    rows = {row["what"]: {key: v for key, v in row.items() if key != "what"} for row in goals(measured)}
+    rows = {
+        row["what"]: {key: _split(text) for key, text in row.items() if key != "what"}
+        for row in goals(measured)
+    }
     return Table("Measures, goals, and which autoencoder reaches them.", rows, ("measure",), folded=True)
+
+
+def _split(text: str) -> Estimate | str:
+    """Part a number from its interval."""
+    return Estimate(*text.split(" ", 1)) if " [" in text else text
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names) or "nothing"
 
 
 def learned_lesson(measured: Mapping[str, Learned] | None) -> Lesson:
@@ -187,16 +198,15 @@ def learned_lesson(measured: Mapping[str, Learned] | None) -> Lesson:
         return Lesson(text, "has-it-learned", 3)
     first = next(iter(measured.values()))
     leads = {
-        "purity of references": first.any_purity.ahead, "pointing at objects": first.pointing.ahead,
-        SEVERAL: first.pointing_several.ahead, "average precision of masks": first.precision.ahead,
+        "the purity of references": first.any_purity.ahead,
+        "pointing at the object": first.pointing.ahead,
+        "pointing where there are several": first.pointing_several.ahead,
+        "the average precision of masks": first.precision.ahead,
     }  # fmt: skip
     ahead = [name for name, found in leads.items() if found.low > 0]
     not_ahead = [name for name in leads if name not in ahead]
-    text = (
-        f"Against an untrained autoencoder of the same L0 training is clearly ahead in "
-        f"{'; '.join(ahead) or 'nothing'}"
-    )
-    text += f", and not in {'; '.join(not_ahead)}." if not_ahead else "."
+    text = f"Against an untrained autoencoder of the same L0 training is clearly ahead in {_listed(ahead)}"
+    text += f", and not in {_listed(not_ahead)}." if not_ahead else "."
     return Lesson(text, "has-it-learned", 3)
 
 

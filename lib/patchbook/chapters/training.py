@@ -257,7 +257,7 @@ def ghost_runs(run: Run, images: int, l1: float) -> Ghost:
             few, run.backbone, run.root / "ghost", objective, settings, progress=False
         ).metrics
 
-    most = max(row["dead_share"] for row in run.trained.metrics)
+    most = max((row["dead_share"] for row in run.trained.metrics), default=0.0)  # of one given: none
     for harsher in range(1, HARSHEST + 1):
         found = Ghost({"with ghost gradients": [], "without": short(harsher, False)}, harsher, most)
         if found.dies:

@@ -142,7 +142,7 @@ def find_prompts(
     looked = " nor ".join([str(own / CARD), *map(str, places[::2])])
     raise MissingPrompts(
         f"there are no prompts of {method} for '{dataset}' with seed {seed}, no {looked}; learn them "
-        f"(`python -m patchbook.train_prompts --help`; `make prompts` for those of the book)"
+        f"(`patchsae prompts --help`; `make prompts` for those of the book)"
         + (", or put MaPLe's published file there." if places else ".")
     )
 

@@ -7,8 +7,7 @@ Both halves call the model's own modules in the model's own order, so `finish(re
 change an answer. Blocks count from 1 as in the paper ("block 11 of 12", App. A); block 0 is the
 input of the first block.
 
-What differs between image towers is in a tower class: open_clip's own VisionTransformer (CLS and
-patches), and timm's as SigLIP uses it (patches only, attention-pooling head). A prompt-adapted CLIP
+What differs between image towers is in a tower class (`towers`). A prompt-adapted CLIP
 (facts.md §1.1) is another tower: it appends its prompts in `embed`, replaces them in `run`, and
 says so in `token_kind`.
 """
@@ -29,83 +28,15 @@ from patchsae.runs import compat  # noqa: F401  (must come before open_clip and 
 
 # isort: split
 import open_clip
-from open_clip.timm_model import TimmModel
-from open_clip.transformer import VisionTransformer
-from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 
 from patchsae.clip.files import find_clip
+from patchsae.clip.towers import tower_of
 from patchsae.images.files import Frame, as_frame
 from patchsae.runs.checks import check_counts, check_finite
 from patchsae.runs.errors import PatchSAEError, brief
 from patchsae.runs.progress import progress_bar
 
 CACHE = 800_000  # bytes of tokens per thread; a block's hidden layer is four times that
-
-
-class OpenClipTower:
-    """Open open_clip's own VisionTransformer between its blocks."""
-
-    def __init__(self, visual: VisionTransformer):
-        self.visual = visual
-        self.blocks = list(visual.transformer.resblocks)
-        self.batch_first = visual.transformer.batch_first
-        self.d_model = visual.transformer.width
-        self.image_size, self.grid = tuple(visual.image_size), tuple(visual.grid_size)
-        self.token_kind = np.array(["cls"] + ["patch"] * (self.grid[0] * self.grid[1]))
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Turn images [B, 3, H, W] into the tokens [B, T, d] that enter the first block."""
-        return self.visual._embeds(images)
-
-    def run(self, tokens: Tensor, start: int, stop: int) -> Tensor:
-        """Send tokens [B, T, d] through blocks start+1 … stop."""
-        if not self.batch_first:  # the layout decides the kernels, and the kernels the last bit
-            tokens = tokens.transpose(0, 1).contiguous()
-        for block in self.blocks[start:stop]:
-            tokens = block(tokens)
-        return tokens if self.batch_first else tokens.transpose(0, 1)
-
-    def enter(self, tokens: Tensor, block: int) -> Tensor:
-        """Return tokens [B, T, d] as block number `block` + 1 gets them."""
-        return tokens
-
-    def pool(self, tokens: Tensor) -> Tensor:
-        """Turn the tokens [B, T, d] after the last block into embeddings [B, e]."""
-        pooled, _ = self.visual._pool(tokens)
-        return pooled if self.visual.proj is None else pooled @ self.visual.proj
-
-
-class TimmTower(OpenClipTower):
-    """Open a timm VisionTransformer (SigLIP and relatives) between its blocks."""
-
-    def __init__(self, visual: TimmModel):
-        self.visual, self.trunk = visual, visual.trunk
-        self.blocks, self.batch_first = list(self.trunk.blocks), True
-        self.d_model, patches = self.trunk.embed_dim, self.trunk.patch_embed
-        self.image_size, self.grid = tuple(visual.image_size), tuple(patches.grid_size)
-        kinds = ["cls"] * (self.trunk.cls_token is not None)
-        kinds += ["register"] * (self.trunk.num_prefix_tokens - len(kinds))  # no known CLIP has any
-        self.token_kind = np.array(kinds + ["patch"] * (self.grid[0] * self.grid[1]))
-
-    def embed(self, images: Tensor) -> Tensor:
-        trunk = self.trunk
-        return trunk.norm_pre(trunk.patch_drop(trunk._pos_embed(trunk.patch_embed(images))))
-
-    def pool(self, tokens: Tensor) -> Tensor:
-        return self.visual.head(self.trunk.forward_head(self.trunk.norm(tokens)))
-
-
-def _tower_of(model: nn.Module, name: str) -> OpenClipTower:
-    if isinstance(model.visual, VisionTransformer):
-        return OpenClipTower(model.visual)
-    kind, known = type(getattr(model.visual, "trunk", model.visual)), TimmVisionTransformer
-    # Relatives that override the forward pass do not run these modules in this order.
-    if issubclass(kind, known) and kind.forward_features is known.forward_features:
-        return TimmTower(model.visual)
-    raise PatchSAEError(
-        f"The image tower of {name} is a {kind.__name__}, which has no stream of tokens to cut: "
-        "choose a vision transformer, such as ViT-B-16-quickgelu or ViT-B-16-SigLIP."
-    )
 
 
 class Backbone(nn.Module):
@@ -122,7 +53,7 @@ class Backbone(nn.Module):
     def __init__(self, model, block, *, name="clip", tokenizer=None, config=None, tower=None):
         super().__init__()
         self.model, self.name = model.requires_grad_(False), name
-        self.tower = tower or _tower_of(model, name)
+        self.tower = tower or tower_of(model, name)
         height, width = self.tower.image_size
         if height != width:
             raise PatchSAEError(f"{name} takes {height}×{width} images: choose a square model.")
@@ -201,7 +132,9 @@ class Backbone(nn.Module):
 
     n_blocks = property(lambda self: len(self.tower.blocks))
     d_model = property(lambda self: self.tower.d_model)
-    token_kind = property(lambda self: self.tower.token_kind, doc="[T]: 'cls', 'patch', 'prompt'.")
+    token_kind = property(
+        lambda self: self.tower.token_kind, doc="[T]: 'cls', 'register', 'patch', 'prompt'."
+    )
     n_tokens = property(lambda self: len(self.token_kind))
     grid = property(lambda self: self.tower.grid, doc="(rows, columns) of patches.")
     image_size = property(lambda self: self.tower.image_size[0], doc="Side in pixels.")
@@ -210,7 +143,15 @@ class Backbone(nn.Module):
     std = property(lambda self: self._pixels("image_std", open_clip.OPENAI_DATASET_STD))
     device = property(lambda self: next(self.model.visual.parameters()).device)
     dtype = property(lambda self: next(self.model.visual.parameters()).dtype)
-    logit_scale = property(lambda self: self.model.logit_scale.float().exp().item())
+    has_text = property(
+        lambda self: self.model.logit_scale is not None, doc="Whether it can be asked about words."
+    )
+
+    @property
+    def logit_scale(self) -> float:
+        """Return what cosines are multiplied by; PatchSAEError for a model without text."""
+        self._need_text()
+        return self.model.logit_scale.float().exp().item()
 
     @property
     def logit_bias(self) -> float:
@@ -243,6 +184,7 @@ class Backbone(nn.Module):
 
     def tokenize(self, texts: str | Sequence[str]) -> Tensor:
         """Return token ids [N, context] of texts, truncated to the model's context length."""
+        self._need_text()
         if "tokenizer" not in self._shared:
             if self._make_tokenizer is None:
                 raise PatchSAEError(f"{self.name} has no tokenizer: pass tokenizer=… to Backbone.")
@@ -251,6 +193,7 @@ class Backbone(nn.Module):
 
     def encode_text(self, texts: str | Sequence[str] | Tensor, normalize: bool = True) -> Tensor:
         """Return embeddings [N, e] of texts, or of token ids [N, context]."""
+        self._need_text()
         tokens = texts if isinstance(texts, Tensor) else self.tokenize(texts)
         return self.model.encode_text(tokens.to(self.device), normalize=normalize)
 
@@ -278,11 +221,21 @@ class Backbone(nn.Module):
             )
         return images
 
+    def _need_text(self) -> None:
+        if not self.has_text:
+            raise PatchSAEError(
+                f"{self.name} has no text, so it cannot be asked for classes: choose a CLIP or SigLIP of "
+                "open_clip, or leave zero-shot answers out."
+            )
+
     def _frame(self) -> Frame:
         known = getattr(self.model.visual, "preprocess_cfg", None) or {}
-        # open_clip's own rule: whatever is not bilinear is bicubic
-        interpolation = "bilinear" if known.get("interpolation") == "bilinear" else "bicubic"
         resize, fill = known.get("resize_mode") or "shortest", known.get("fill_color") or 0
+        interpolation = known.get("interpolation")
+        if "kept" in known:  # timm's own names
+            return as_frame(Frame(self.image_size, resize, interpolation, fill, known["kept"]))
+        # open_clip's own rule: whatever is not bilinear is bicubic
+        interpolation = "bilinear" if interpolation == "bilinear" else "bicubic"
         return as_frame(Frame(self.image_size, resize, interpolation, fill))
 
     def _pixels(self, statistic: str, default: Sequence[float]) -> tuple[float, ...]:
@@ -300,14 +253,17 @@ class Backbone(nn.Module):
 
 
 def load_backbone(name, pretrained=None, *, block, device="cpu", dtype=torch.float32) -> Backbone:
-    """Load a CLIP and cut it after `block`.
+    """Load a CLIP, or another vision transformer, and cut it after `block`.
 
     Parameters
     ----------
-    name : an open_clip model name (`ViT-B-16-quickgelu`), or a folder laid out as on the Hugging
-        Face hub: open_clip_config.json, open_clip_model.safetensors and, where the vocabulary is
-        a shortened one, bpe_simple_vocab.txt.gz.
-    pretrained : for a model name, an open_clip tag (`openai`, fetched by open_clip), a file
+    name : an open_clip model name (`ViT-B-16-quickgelu`); `timm:` and a model name of timm
+        (`timm:vit_small_patch14_dinov2.lvd142m`), which has no text; a folder laid out as either
+        keeps one on the Hugging Face hub (open_clip_config.json and open_clip_model.safetensors,
+        with bpe_simple_vocab.txt.gz where the vocabulary is a shortened one; or config.json and
+        model.safetensors); `hf:organisation/name`, which is fetched once; or `patchsae:small_clip`,
+        the small CLIP of this project, on drawings only.
+    pretrained : for a model name, a tag (`openai`, fetched by open_clip), a file
         (safetensors, state dict, OpenAI's TorchScript archive ViT-B-16.pt), or None for random
         weights, which follow torch.manual_seed. Nothing is unpickled that could run code.
     block : counted from 1; 0 is the input of the first
@@ -328,7 +284,7 @@ def load_backbone(name, pretrained=None, *, block, device="cpu", dtype=torch.flo
         raise PatchSAEError(f"{reason}: use 'cpu'.") from None
     source = find_clip(name, pretrained)
     model, config = source.build()
-    tokenizer = functools.partial(source.tokenizer, getattr(model, "vocab_size", None))
+    tokenizer = source.tokenizer and functools.partial(source.tokenizer, getattr(model, "vocab_size", None))
     backbone = Backbone(model, block, name=source.name, tokenizer=tokenizer, config=config)
     source.load(model, config)  # last, so that a wrong block is refused before any download
     scales = [p for p in (model.logit_scale, model.logit_bias) if p is not None]

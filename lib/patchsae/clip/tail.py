@@ -16,7 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from patchsae.clip.backbone import Backbone, OpenClipTower
+from patchsae.clip.backbone import Backbone
+from patchsae.clip.towers import OpenClipTower
 
 # isort: split
 from open_clip.transformer import ResidualAttentionBlock

@@ -185,6 +185,7 @@ class _Run:
         """Images' worth of tokens: a batch holds tokens of many images."""
         return self.tokens_seen // self.stream.activations.tokens
 
+    @torch.enable_grad()  # whoever first needs an SAE may be in the middle of measuring
     def go(self) -> None:
         if self.ranks.agree(self.checkpoint.exists()):
             self._restore()
