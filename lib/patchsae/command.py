@@ -39,6 +39,7 @@ def explore(
     pretrained: str | None = None,
     block: int | None = None,
     gallery: int = 12,
+    classes: tuple[str, ...] = (),
     out: Path = Path("explorer.html"),
     results: Path = Path("results"),
     device: str = "cpu",
@@ -71,6 +72,8 @@ def explore(
         block whose output is decomposed, from 1 (None: the last but one)
     gallery
         pictures to choose from on the page, 1 or more
+    classes
+        names that the model chooses from (none: the folders')
     out
         the page, a file that ends in .html
     results
@@ -112,7 +115,7 @@ def explore(
         opened = lens.load_sae(sae, clip)
     else:
         opened = lens.train(clip, pictures, results, progress=not quiet, **{"expansion": 16} | training)
-    lens.explore(opened, pictures, results, gallery, progress=not quiet).save(page)
+    lens.explore(opened, pictures, results, gallery, not quiet, classes).save(page)
     print(f"{opened.sae.d_sae:,} latents on {len(pictures):,} pictures: open {page.resolve().as_uri()}")
     return 0
 
@@ -236,9 +239,9 @@ def check(folder: Positional[Path] = Path("results")) -> int:
     folder
         of results
     """
-    from patchsae.runs.stage import damaged_results
+    from patchsae.runs.verify import verify_results
 
-    problems = damaged_results(folder)
+    problems = verify_results(folder)
     print("\n".join(problems) or f"{folder}: every finished result is as it was made")
     return int(bool(problems))
 
