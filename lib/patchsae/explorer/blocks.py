@@ -182,6 +182,7 @@ def _checked(models: Sequence[Shown]) -> Backbone:
 
 
 def digest(known: np.ndarray) -> str:
+    """Hash a table of yes and no with its shape."""
     return short_hash([list(known.shape), np.packbits(known).tolist()])
 
 
