@@ -154,7 +154,16 @@ def render(root: Path, build: Path) -> Path:
     html = build / "html"
     record = html / "inputs.json"
     inputs = {
-        "pages": tree_digests(root, "book/**/*", "_config.yml", "_toc.yml"),
+        # the reference is made of docstrings, the guides of cards and tables
+        "pages": tree_digests(
+            root,
+            "book/**/*",
+            "_config.yml",
+            "_toc.yml",
+            "lib/patch*/**/*.py",
+            "artefacts/**/*.csv",
+            "artefacts/**/*.json",
+        ),
         "versions": versions(),
     }
     index = html / "index.html"
