@@ -69,10 +69,10 @@ export function startEngine(load, report = () => {}) {
     return (await groups.get(group))[m];
   }
 
-  async function texts(m, names, templates = ["a photo of a {}."]) {
+  async function texts(m, names, templates) {
     await words();
     if (!facts.text) throw new Error("The text tower is not in this page, so that no class names can be typed.");
-    return ask("texts", m, names.map(withoutEntities), templates).finally(() => report("", null));
+    return ask("texts", m, names.map(withoutEntities), templates ?? ["a photo of a {}."]).finally(() => report("", null));
   }
 
   async function answered(key, m, change, text) {

@@ -1,4 +1,5 @@
-// A picture as the model takes it: resized as Pillow does, to the last bit, and cropped or padded (images/files.py).
+// A picture as the model takes it: resized as Pillow does, and cropped or padded (images/files.py). Equal to the
+// last bit but for tall pictures, which Pillow may take down before across: a few values differ by a grey level there.
 
 const MEGAPIXELS = 25, LONGEST = 100, STRIP = 128;
 const FILTERS = {
