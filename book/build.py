@@ -21,6 +21,7 @@ from pathlib import Path
 
 import yaml
 
+from patchbook.publishing import publish
 from patchbook.run import NotebookFailed, run_notebook
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.stage import (
@@ -37,6 +38,7 @@ from patchsae.runs.stage import (
 
 REPORT = "book/report"  # a page that is made here
 DIGEST = "book/digest.txt"  # and what the introduction includes of it, no page of its own
+CARD = "book/data_card"  # a page whose pictures are drawn here
 MATHJAX = "tex-svg-full.js"
 SMALL = "book/small.yml"  # parameters of each notebook for a build whose numbers mean nothing
 
@@ -60,12 +62,16 @@ def pages(root: Path) -> list[str]:
     return found
 
 
-def execute_notebooks(root: Path, build: Path, parameters: dict[str, dict]) -> dict[str, dict]:
-    """Bring every executed notebook in book/notebooks up to date with its inputs; return their manifests.
+def execute_notebooks(
+    root: Path, build: Path, parameters: dict[str, dict]
+) -> tuple[dict[str, dict], list[dict]]:
+    """Bring every executed notebook in book/notebooks up to date with its inputs.
+
+    Returns their manifests, and what their figures are (`patchbook.publishing.publish`).
 
     `parameters` of a notebook by its name; those not there keep the notebook's own.
     """
-    manifests = {}
+    manifests, drawn = {}, []
     before = digest(
         {
             "library": tree_digests(root, "lib/patch*/**/*", "artefacts/**/*"),
@@ -92,10 +98,10 @@ def execute_notebooks(root: Path, build: Path, parameters: dict[str, dict]) -> d
             cost = run_notebook(source, executed, given, cwd=root)
             stage.finish(**cost._asdict(), machine=machine())
             print(f"{name}: {cost.seconds:.1f} s, peak {cost.peak_mb:.0f} MB", flush=True)
-        place(executed, root / f"{page}.ipynb")
+        drawn += publish(executed, source, root / "book")
         manifests[name] = stage.manifest
         before = digest(stage.inputs)
-    return manifests
+    return manifests, drawn
 
 
 def place(source: Path, target: Path) -> None:
@@ -134,22 +140,35 @@ def bring_blocks(root: Path) -> None:
             shutil.rmtree(stale)
 
 
-def write_report(root: Path, build: Path, manifests: dict[str, dict]) -> None:
+def write_report(root: Path, build: Path, manifests: dict[str, dict], drawn: list[dict]) -> None:
     """Make the reproduction report's page, its digest and report.json in `build`, unless up to date."""
     rows, page, told = build / "report.json", build / "report.md", build / "digest.txt"
-    inputs = digest({"notebooks": manifests, "writer": file_digest(root / "book" / "report.py")})
+    written_by = tree_digests(root, "book/report.py", "lib/patchbook/*.py")
+    inputs = digest({"notebooks": manifests, "writer": written_by})
     done = (
         all(map(Path.is_file, (rows, page, told))) and json.loads(rows.read_text()).get("inputs") == inputs
     )
     if not done:
         import report  # it waits for torch, which a build without changes need not
 
-        found = report.gather(root, manifests)
+        found = report.gather(root, manifests, drawn)
         report.write_page(root, found, page)
         report.write_digest(found, told)
         write_json(rows, found | {"inputs": inputs})
     place(page, root / f"{REPORT}.md")
     place(told, root / DIGEST)
+
+
+def bring_card(root: Path) -> None:
+    """Draw the pictures of the data card, unless they were drawn by the same code."""
+    folder = root / "book" / "_static" / "card"
+    made_by = digest({"code": tree_digests(root, "book/card.py", "lib/patchbook/scenes/*.py")})
+    record = folder / "inputs.txt"
+    if not (record.is_file() and record.read_text() == made_by):
+        import card  # it waits for torch, which a build without changes need not
+
+        card.draw_card(root / "book")
+        write_atomic(record, lambda temporary: temporary.write_text(made_by))
 
 
 def render(root: Path, build: Path) -> Path:
@@ -205,11 +224,13 @@ def main() -> int:
         root = project_root()
         build = root / "_build" / "small" / "_build" if small else root / "_build"
         parameters = yaml.safe_load((root / SMALL).read_text(encoding="utf-8")) if small else {}
-        manifests = execute_notebooks(root, build, parameters)
+        manifests, drawn = execute_notebooks(root, build, parameters)
         bring_mathjax(root)
         bring_blocks(root)
+        if CARD in pages(root):
+            bring_card(root)
         if REPORT in pages(root):
-            write_report(root, build, manifests)
+            write_report(root, build, manifests, drawn)
         index = render(root, build)
         if REPORT in pages(root):
             place(build / "report.json", build / "html" / "report.json")

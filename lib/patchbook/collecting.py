@@ -13,11 +13,36 @@ import nbformat
 from patchbook.report import BEYOND, ITEMS, KEY, Verdict
 from patchsae.runs.errors import PatchSAEError
 
+FIGURE = "patchsae-figure"
+"""Where an output's metadata say what a figure is."""
+LESSON = "patchsae-lesson"
+"""Where a sentence that a chapter has learned stands in its output's metadata: text, label and rank."""
+
+
+def targets(text: str) -> list[str]:
+    """List the targets `(name)=` of a text, in order."""
+    return re.findall(r"^\(([\w-]+)\)=$", text, flags=re.MULTILINE)
+
 
 def labels(notebook: nbformat.NotebookNode) -> list[str]:
     """List the targets `(name)=` of a notebook's text, in order."""
-    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-    return re.findall(r"^\(([\w-]+)\)=$", text, flags=re.MULTILINE)
+    return targets("\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown"))
+
+
+def collect_lessons(notebooks: Sequence[Path]) -> list[dict[str, Any]]:
+    """Read the main result of each executed notebook that names one: its text and its cell.
+
+    The main result is the sentence of the lowest rank.
+    """
+    found = []
+    for path in notebooks:
+        notebook = nbformat.read(path, as_version=4)
+        outputs = (out for cell in notebook.cells for out in cell.get("outputs", ()))
+        said = [out["metadata"][LESSON] for out in outputs if LESSON in out.get("metadata", {})]
+        if said:
+            main = min(said, key=lambda one: one["rank"])
+            found.append({"text": main["text"], "cell": f"{path.name}#{main['label']}"})
+    return found
 
 
 def collect(notebooks: Sequence[Path]) -> list[dict[str, Any]]:
