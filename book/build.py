@@ -3,40 +3,46 @@
     python book/build.py            # _build/html
     python book/build.py --small    # _build/small/_build/html: tiny sizes, to see that all of it works
 
-Each notebook is executed through `patchbook.run` into a stage folder named by the hash of its
-inputs, so an interrupted build goes on where it stopped and a second build does nothing.
+Each notebook is executed through `patchbook.run` into a stage folder named by the hash of its code and of
+what it used, so an interrupted build goes on where it stopped and a second build does nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import json
 import re
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
 import yaml
 
+from patchbook.executing import Executed, execute, with_text_of
+from patchbook.parameters import read_notebook
 from patchbook.publishing import publish
-from patchbook.run import NotebookFailed, run_notebook
+from patchbook.reliability import write_page
+from patchbook.run import NotebookFailed
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.stage import (
-    Stage,
     digest,
     file_digest,
-    machine,
     project_root,
     tree_digests,
     versions,
     write_atomic,
     write_json,
 )
+from patchsae.runs.stopping import Stopped, end_with_parent, stoppable
 
 REPORT = "book/report"  # a page that is made here
+RELIABILITY = "book/reliability"  # another, from the last soak
 DIGEST = "book/digest.txt"  # and what the introduction includes of it, no page of its own
 CARD = "book/data_card"  # a page whose pictures are drawn here
 MATHJAX = "tex-svg-full.js"
@@ -64,44 +70,23 @@ def pages(root: Path) -> list[str]:
 
 def execute_notebooks(
     root: Path, build: Path, parameters: dict[str, dict]
-) -> tuple[dict[str, dict], list[dict]]:
+) -> tuple[dict[str, Executed], list[dict]]:
     """Bring every executed notebook in book/notebooks up to date with its inputs.
 
-    Returns their manifests, and what their figures are (`patchbook.publishing.publish`).
+    Returns them by name, and what their figures are (`patchbook.publishing.publish`).
 
     `parameters` of a notebook by its name; those not there keep the notebook's own.
     """
-    manifests, drawn = {}, []
-    before = digest(
-        {
-            "library": tree_digests(root, "lib/patch*/**/*", "artefacts/**/*"),
-            "versions": versions(),
-        }
-    )
-    for page in pages(root):
-        if not page.startswith("book/notebooks/"):
-            continue
-        name = Path(page).name
-        source = root / "notebooks" / f"{name}.ipynb"
-        if not source.is_file():
-            raise PatchSAEError(f"_toc.yml names {page}, but there is no {source}: add it.")
-        # A notebook may read what the notebooks before it left behind, so it depends on them all.
-        given = parameters.get(name, {})
-        inputs = {"notebook": source, "before": before, "parameters": given}
-        # the library's own files are among the inputs, so that no version has to be raised by hand
-        stage = Stage.open(build / "notebooks", name, inputs, version=1)
-        executed = stage.path / f"{name}.ipynb"
-        if stage.done and executed.is_file():
-            print(f"{name}: unchanged", flush=True)
-        else:
-            print(f"{name}: running …", flush=True)
-            cost = run_notebook(source, executed, given, cwd=root)
-            stage.finish(**cost._asdict(), machine=machine())
-            print(f"{name}: {cost.seconds:.1f} s, peak {cost.peak_mb:.0f} MB", flush=True)
-        drawn += publish(executed, source, root / "book")
-        manifests[name] = stage.manifest
-        before = digest(stage.inputs)
-    return manifests, drawn
+    found = {Path(page).name: page for page in pages(root) if page.startswith("book/notebooks/")}
+    # With other settings it is trained by whoever asks first, and the others wait.
+    shipped = (root / "artefacts" / "sae" / "index.json").is_file() and not parameters
+    executed = execute(root, build, list(found), parameters, shipped)
+    drawn: list[dict] = []
+    for name in found:
+        source = read_notebook(root / "notebooks" / f"{name}.ipynb")
+        told = with_text_of(read_notebook(executed[name].path), source)
+        drawn += publish(told, root / "notebooks" / f"{name}.ipynb", root / "book")
+    return executed, drawn
 
 
 def place(source: Path, target: Path) -> None:
@@ -134,23 +119,30 @@ def bring_blocks(root: Path) -> None:
                 f"{folder}, which a notebook's explorer shows, has gone: run `make clean book`."
             )
         for file in files:
-            place(file, static / name / file.name)
+            target = static / name / file.name
+            if not target.is_file() or file_digest(file) != file_digest(target):
+                from patchsae.explorer.blocks import read_block  # waits for torch
+
+                read_block(folder, file.stem)  # the page runs it, and `results/` may be anybody's
+            place(file, target)
     for stale in static.glob("*"):
         if stale.name not in wanted:
             shutil.rmtree(stale)
 
 
-def write_report(root: Path, build: Path, manifests: dict[str, dict], drawn: list[dict]) -> None:
+def write_report(root: Path, build: Path, executed: dict[str, Executed], drawn: list[dict]) -> None:
     """Make the reproduction report's page, its digest and report.json in `build`, unless up to date."""
     rows, page, told = build / "report.json", build / "report.md", build / "digest.txt"
+    notebooks = tree_digests(root, "book/notebooks/*.ipynb")
     written_by = tree_digests(root, "book/report.py", "lib/patchbook/*.py")
-    inputs = digest({"notebooks": manifests, "writer": written_by})
+    inputs = digest({"notebooks": notebooks, "writer": written_by})
     done = (
         all(map(Path.is_file, (rows, page, told))) and json.loads(rows.read_text()).get("inputs") == inputs
     )
     if not done:
         import report  # it waits for torch, which a build without changes need not
 
+        manifests = {name: one.manifest for name, one in executed.items()}
         found = report.gather(root, manifests, drawn)
         report.write_page(root, found, page)
         report.write_digest(found, told)
@@ -195,7 +187,8 @@ def render(root: Path, build: Path) -> Path:
     command = [Path(sys.executable).with_name("jupyter-book"), "build", root]
     command += ["--toc", root / "_toc.yml", "--config", root / "_config.yml"]
     command += ["--path-output", build.parent, "-W", "-n", "--keep-going", "--quiet"]
-    rendered = subprocess.run([str(word) for word in command], cwd=root)
+    # a build that is killed leaves nobody behind who writes into the next one's pages
+    rendered = subprocess.run([str(word) for word in command], cwd=root, preexec_fn=end_with_parent)
     if rendered.returncode:
         raise PatchSAEError("jupyter-book refused the book: mend the warnings above, then rebuild.")
     # jupyter-book 2 ignores _toc.yml, builds nothing and says nothing.
@@ -208,6 +201,19 @@ def render(root: Path, build: Path) -> Path:
     write_atomic(record, lambda temporary: temporary.write_text(digest(inputs)))
     print(f"pages: {time.perf_counter() - started:.1f} s", flush=True)
     return index
+
+
+@contextlib.contextmanager
+def alone(root: Path) -> Iterator[None]:
+    """Wait until no other build works in this clone: all of them write into `book/`."""
+    (root / "_build").mkdir(exist_ok=True)
+    with (root / "_build" / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            print("another build is at work in this clone: waiting for it", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def missing(root: Path, html: Path) -> list[str]:
@@ -224,16 +230,22 @@ def main() -> int:
         root = project_root()
         build = root / "_build" / "small" / "_build" if small else root / "_build"
         parameters = yaml.safe_load((root / SMALL).read_text(encoding="utf-8")) if small else {}
-        manifests, drawn = execute_notebooks(root, build, parameters)
-        bring_mathjax(root)
-        bring_blocks(root)
-        if CARD in pages(root):
-            bring_card(root)
-        if REPORT in pages(root):
-            write_report(root, build, manifests, drawn)
-        index = render(root, build)
-        if REPORT in pages(root):
-            place(build / "report.json", build / "html" / "report.json")
+        with stoppable(), alone(root):
+            executed, drawn = execute_notebooks(root, build, parameters)
+            bring_mathjax(root)
+            bring_blocks(root)
+            if CARD in pages(root):
+                bring_card(root)
+            if REPORT in pages(root):
+                write_report(root, build, executed, drawn)
+            if RELIABILITY in pages(root):
+                place(write_page(root, build / "reliability.md"), root / f"{RELIABILITY}.md")
+            index = render(root, build)
+            if REPORT in pages(root):
+                place(build / "report.json", build / "html" / "report.json")
+    except Stopped as stop:
+        print(f"error: {stop} stopped the build; the same command goes on where it was.", file=sys.stderr)
+        return stop.code
     except (PatchSAEError, NotebookFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

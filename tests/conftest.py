@@ -1,16 +1,23 @@
 """Shared by all tests, which `make test` runs in as many processes as there are cores."""
 
+import atexit
 import fcntl
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from urllib.parse import urlparse
 
 # One core for each process: OpenMP's threads wait for each other by spinning, at the neighbour's expense.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# What files of images hold is remembered from one run to the next; tests begin anew, as CI does.
+os.environ["PATCHSAE_CACHE"] = tempfile.mkdtemp(prefix="patchsae-tests-")
+atexit.register(shutil.rmtree, os.environ["PATCHSAE_CACHE"], ignore_errors=True)
 
 import torch  # noqa: E402
 

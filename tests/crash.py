@@ -66,7 +66,7 @@ def steps_saved(root: Path) -> int:
     for path in root.glob("sae-*/checkpoint.safetensors"):
         with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            return json.loads(header["__metadata__"]["run"])["step"]
+            return json.loads(header["__metadata__"]["facts"])["step"]
     return 0
 
 

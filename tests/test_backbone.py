@@ -381,7 +381,7 @@ def test_bad_shapes(small):
         ({"name": "ViT-B16-quickgelu"}, "'ViT-B16-quickgelu' is neither .* is it .*ViT-B-16-quick"),
         ({"name": "vit-b-16-QuickGELU"}, "is it ViT-B-16-quickgelu"),
         ({"name": "xyzzy"}, "is it a name from open_clip.list_models"),
-        ({"name": "no/such/folder"}, "There is no folder /.*no/such/folder: .*make clip"),
+        ({"name": "no/such/folder"}, "There is no folder /.*no/such/folder: correct the path"),
         ({"name": "local-dir:nowhere/x"}, "There is no folder /.*nowhere/x"),
         ({"pretrained": "openia"}, "has no weights 'openia': .* tags openai, .*metaclip_400m"),
         ({"pretrained": "missing/w.pt"}, "no weights file /.*missing/w.pt: correct the path"),
@@ -438,8 +438,8 @@ def spoil_folder(folder: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "sentence"),
     [
-        ("no weights", "tiny_clip has no open_clip_model.safetensors: run `make clip`"),
-        ("no config", "tiny_clip has no open_clip_config.json: run `make clip`"),
+        ("no weights", "tiny_clip has no open_clip_model.safetensors: correct the path"),
+        ("no config", "tiny_clip has no open_clip_config.json: correct the path"),
         ("truncated weights", "open_clip_model.safetensors holds no weights that can be read"),
         ("not json", "tiny_clip/open_clip_config.json cannot be built .*: correct it"),
         ("unknown field", "open_clip_config.json cannot be built .*wings"),

@@ -12,8 +12,9 @@ import pytest
 from miniature import split_set
 from torchvision import datasets
 
+from patchsae.command import main
 from patchsae.images.benchmark_download import SOURCES, download
-from patchsae.images.benchmark_sets import RECIPES, main, open_benchmark
+from patchsae.images.benchmark_sets import RECIPES, open_benchmark
 from patchsae.runs.errors import PatchSAEError
 
 
@@ -49,14 +50,14 @@ def test_what_torchvision_fetches_lands_in_the_layout(tmp_path, archive, capsys,
     data = tmp_path / "data"
     monkeypatch.setitem(RECIPES, "dtd", replace(RECIPES["dtd"], classes=3, images=(9, 3, 6)))
     # the split file is not torchvision's to give
-    assert main(["--data", str(data), "--download", "dtd"]) == 1
+    assert main(["data", "--data", str(data), "--download", "dtd"]) == 1
     assert "split_zhou_DescribableTextures.json" in capsys.readouterr().out
     assert sorted(path.name for path in data.iterdir()) == ["dtd"]
     assert sorted(path.name for path in (data / "dtd").iterdir()) == ["images", "imdb", "labels"]
     shutil.copy(archive[1], data / "dtd")
     assert len(open_benchmark("dtd", data, 32).train) == 9
     archive[0].unlink()  # nothing is fetched again
-    assert main(["--data", str(data), "--download", "dtd"]) == 0
+    assert main(["data", "--data", str(data), "--download", "dtd"]) == 0
 
 
 def test_a_failed_download_leaves_nothing_that_looks_whole(tmp_path, archive):

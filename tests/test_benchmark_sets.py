@@ -11,7 +11,8 @@ import pytest
 import torch
 from miniature import AIRCRAFT, PER_CLASS, SPLIT_SETS, WNIDS, benchmark, imagenet, photo, split_set
 
-from patchsae.images.benchmark_sets import BENCHMARKS, RECIPES, ROBUSTNESS, main, open_benchmark, open_found
+from patchsae.command import main
+from patchsae.images.benchmark_sets import BENCHMARKS, RECIPES, ROBUSTNESS, open_benchmark, open_found
 from patchsae.images.files import load_image
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.stage import project_root
@@ -413,7 +414,7 @@ def counted(monkeypatch, data):
 
 
 def test_the_command_does_not_call_a_part_complete(whole, tmp_path, capsys, monkeypatch):
-    assert main(["--data", str(whole)]) == 1
+    assert main(["data", "--data", str(whole)]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [[name, "incomplete"] for name in BENCHMARKS]
     assert "4 classes; 12 train, 4 val, 8 test, but the whole set has 100 classes; 3,334 + 3" in lines[6]
@@ -421,25 +422,25 @@ def test_the_command_does_not_call_a_part_complete(whole, tmp_path, capsys, monk
     # an ImageNet of which one image did not arrive has no list that would miss it
     shutil.copytree(whole / "imagenet", tmp_path / "imagenet")
     counted(monkeypatch, whole)
-    assert main(["--data", str(tmp_path), "--check", "imagenet"]) == 0
+    assert main(["data", "--data", str(tmp_path), "--check", "imagenet"]) == 0
     (tmp_path / "imagenet/images/train/n01443537/n01443537_2.JPEG").unlink()
     assert len(open_benchmark("imagenet", tmp_path, SIDE).train) == 11
-    assert main(["--data", str(tmp_path), "--check", "imagenet"]) == 1
+    assert main(["data", "--data", str(tmp_path), "--check", "imagenet"]) == 1
     assert "11 train, 6 test, but the whole set has 3 classes; 12 + 6 images" in capsys.readouterr().out
 
 
 def test_the_command_tells_what_is_there_and_what_is_missing(whole, tmp_path, capsys, monkeypatch):
     counted(monkeypatch, whole)
-    assert main(["--data", str(whole)]) == 0
+    assert main(["data", "--data", str(whole)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [[name, "complete"] for name in BENCHMARKS]
     assert lines[6].endswith("4 classes; 12 train, 4 val, 8 test")
     shutil.copytree(whole / "eurosat", tmp_path / "eurosat")
-    assert main(["--data", str(tmp_path), "--check", "eurosat"]) == 0
-    assert main(["--data", str(tmp_path), "--check", "eurosat", "dtd"]) == 1
+    assert main(["data", "--data", str(tmp_path), "--check", "eurosat"]) == 0
+    assert main(["data", "--data", str(tmp_path), "--check", "eurosat", "dtd"]) == 1
     out = capsys.readouterr().out
     assert "dtd                   incomplete" in out and "DATASETS.md#dtd" in out
-    assert main(["--data", str(tmp_path), "--check", "flowers"]) == 2
-    assert main(["--data", str(tmp_path / "absent"), "--check"]) == 2
-    assert main(["--data", str(tmp_path), "--download", "ucf101"]) == 2
+    assert main(["data", "--data", str(tmp_path), "--check", "flowers"]) == 2
+    assert main(["data", "--data", str(tmp_path / "absent"), "--check"]) == 2
+    assert main(["data", "--data", str(tmp_path), "--download", "ucf101"]) == 2
     assert "'ucf101' cannot be downloaded from here: get it" in capsys.readouterr().err

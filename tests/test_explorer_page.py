@@ -12,7 +12,7 @@ from test_lens import draw
 from tiny_explorer import sparse_sae
 
 import patchsae as ps
-from patchsae.explorer.__main__ import main
+from patchsae.command import main
 from patchsae.explorer.blocks import read_activations, read_block, unpack
 from patchsae.explorer.data import group_latents, image_values
 
@@ -143,7 +143,7 @@ def command(folder, out, *more) -> list[str]:
     given = {"images": folder / "pictures", "model": folder / "tiny", "block": 1}
     given |= {"results": folder / "results", "out": out, "gallery": 2}
     words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
-    return [*words, "--quiet", *more]
+    return ["explore", *words, "--quiet", *more]
 
 
 def test_the_command_makes_a_page_of_files(folder, tmp_path, capsys):
@@ -176,6 +176,7 @@ def test_bad_input_of_the_command_is_one_sentence(folder, tmp_path, capsys):
     assert "device 'tpu' is not available" in refused(*sae, "--device", "tpu")
     assert "expansion=-1.0" in refused("--expansion", "-1")
     assert os.listdir(tmp_path) == []
+    capsys.readouterr()
     with pytest.raises(SystemExit) as left:
-        main([])
+        main(["explore"])
     assert left.value.code == 2

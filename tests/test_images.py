@@ -16,6 +16,7 @@ import patchsae.runs.compat  # noqa: F401  (before torchvision)
 from patchbook.scenes.embedded import SINGLE, SceneSet
 from patchsae.clip import files as clip_files
 from patchsae.images import files as library
+from patchsae.images.contents import Memory
 from patchsae.images.files import (
     FileImages,
     FolderImages,
@@ -186,6 +187,7 @@ def test_base_is_the_larger_half_and_novel_the_rest(folder):
 
 FINGERPRINTS = """
 import json, sys
+from patchsae.images.contents import Memory
 from patchsae.images.files import FolderImages
 images = FolderImages(sys.argv[1], 32)
 parts = images, images.subset([3, 1]), images.classes([5, 2])
@@ -234,6 +236,41 @@ def test_fingerprint_follows_the_content(folder):
     removed = FolderImages(folder, SIDE).fingerprint()
     (folder / "class_3").rename(folder / "class_3b")
     assert len({before, edited, removed, FolderImages(folder, SIDE).fingerprint()}) == 4
+
+
+def test_a_touch_changes_nothing_and_is_read_once(folder, monkeypatch):
+    first = FolderImages(folder, SIDE).fingerprint()
+    for path in folder.rglob("*.*"):
+        os.utime(path, ns=(0, 10**18))
+    assert FolderImages(folder, SIDE).fingerprint() == first  # read again, and found the same
+    monkeypatch.setattr("patchsae.images.contents.hashlib.file_digest", None)
+    assert FolderImages(folder, SIDE).fingerprint() == first  # from what was kept
+
+
+def test_a_damaged_cache_of_contents_is_not_believed(folder):
+    images = FolderImages(folder, SIDE)
+    for path in folder.rglob("*.*"):
+        os.utime(path, ns=(0, 10**18))
+    first, memory = images.fingerprint(), Memory(images.root)
+    content = bytearray(memory.path.read_bytes())
+    content[-1] ^= 1
+    memory.path.write_bytes(content)
+    assert not Memory(images.root).notes and FolderImages(folder, SIDE).fingerprint() == first
+
+
+def test_what_cannot_be_decoded_is_found_before_work_begins(folder, monkeypatch):
+    images = FolderImages(folder, SIDE)
+    whole = images.paths[3].read_bytes()
+    images.paths[3].write_bytes(whole[: len(whole) // 2])
+    images.paths[5].write_bytes(b"no image")
+    with pytest.raises(
+        PatchSAEError, match=f"2 of the {len(images)} files .*nothing was begun: .*{images.key(3)}"
+    ):
+        images.check_readable(range(len(images)))
+    others = [i for i in range(len(images)) if i not in (3, 5)]
+    images.subset(others).check_readable(range(len(others)))
+    monkeypatch.setattr("patchsae.images.contents.read_image", None)
+    images.subset(others).check_readable(range(len(others)))  # not decoded a second time
 
 
 def test_missing_or_empty_folder_is_named(tmp_path):
@@ -349,6 +386,7 @@ def test_files_are_asked_for_their_size_once_and_a_missing_one_is_named(folder, 
     images = FolderImages(folder, SIDE)
     monkeypatch.setattr(os, "stat", lambda path, **options: asked.append(path) or stat(path, **options))
     first = images.fingerprint(), images.subset([1]).fingerprint()
+    asked = [path for path in asked if str(path).startswith(f"{folder}/")]
     assert len(asked) == len(images) and (images.fingerprint(), images.subset([1]).fingerprint()) == first
     images = FolderImages(folder, SIDE)
     images.paths[5].unlink()

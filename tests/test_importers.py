@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from patchsae.command import main
 from patchsae.runs.errors import PatchSAEError
 from patchsae.sae.importers import (
     Source,
@@ -19,7 +20,6 @@ from patchsae.sae.importers import (
     export_saelens,
     fold_input,
     import_sae,
-    main,
 )
 from patchsae.sae.model import SAE, Activation, SAEConfig
 
@@ -565,21 +565,24 @@ def test_check_import_sees_a_lost_topk():
 
 def test_command_line(tmp_path, authors, capsys):
     file, out = authors(weights()), tmp_path / "converted"
-    assert main([str(file), str(out)]) == 0
+    assert main(["import", str(file), str(out)]) == 0
     assert "48 latents of width 12, relu" in capsys.readouterr().out
     x = tokens()
     assert torch.equal(SAE.load(out)(x), import_sae(file)(x))
     for path in (file, tmp_path):
-        assert main([str(path), str(tmp_path)]) == 2
+        assert main(["import", str(path), str(tmp_path)]) == 2
         assert "name another folder" in capsys.readouterr().err
+    assert main(["export", str(out), str(tmp_path / "theirs")]) == 0
+    assert torch.equal(import_sae(tmp_path / "theirs")(x), SAE.load(out)(x))
+    assert main(["export", str(out), str(out)]) == 2 and "is the source" in capsys.readouterr().err
     file.write_bytes(file.read_bytes()[:-50])
-    assert main([str(file), str(tmp_path / "none"), "--source", "patchsae"]) == 2
+    assert main(["import", str(file), str(tmp_path / "none"), "--layout", "patchsae"]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error: ") and printed.count("\n") == 1
     assert not (tmp_path / "none").exists()
     with pytest.raises(SystemExit) as caught:
-        main(["--help"])
-    assert caught.value.code == 0 and "SOURCE_PATH" in capsys.readouterr().out
+        main(["import", "--help"])
+    assert caught.value.code == 0 and "--layout" in capsys.readouterr().out
     assert {str(source) for source in Source} >= {"patchsae", "saelens", "saev", "sparsify", "prisma"}
 
 

@@ -245,14 +245,14 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 import test_masking
 from patchsae.masking import sweep as masking
 
-root, write = Path(sys.argv[1]), masking.write_atomic
+root, write = Path(sys.argv[1]), masking.write_chunk
 
 def note(path, *args):
     write(path, *args)
     with (root / f"rank-{{os.environ['RANK']}}").open("a") as notes:
         print(path.stem, file=notes)
 
-masking.CHUNK_IMAGES, masking.write_atomic = 16, note
+masking.CHUNK_IMAGES, masking.write_chunk = 16, note
 test_masking.run(root, test_masking.atlas_of(root))
 """
 

@@ -1,5 +1,6 @@
 """The notebooks themselves, executed by the runner at a small size of each scale."""
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -15,6 +16,8 @@ from safetensors.torch import save_file
 from test_prompt_files import official_state, save_official
 
 from patchbook.chapters.published import TABLE_2
+from patchbook.collecting import labels
+from patchbook.lessons import lessons_of
 from patchbook.parameters import check_parameters
 from patchbook.run import run_notebook
 from patchsae.adaptation.prompts import PromptConfig, adapt
@@ -22,7 +25,9 @@ from patchsae.clip.backbone import load_backbone
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.stage import project_root
 
+DEFINING = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda
 NOTEBOOKS = sorted((project_root() / "notebooks").glob("*.ipynb"))
+CHAPTERS = [path for path in NOTEBOOKS if path.stem != "07_explorer"]
 
 
 def text_of(notebook: Path) -> str:
@@ -31,6 +36,16 @@ def text_of(notebook: Path) -> str:
     data = [out.get("data", {}) for out in outputs]
     shown = [d.get("text/markdown") or d.get("text/plain", "") for d in data]
     return "\n".join([out.get("text", "") for out in outputs] + shown)
+
+
+def pages_of(notebook: Path) -> str:
+    """Join everything the cells displayed as a page."""
+    outputs = [out for cell in nbformat.read(notebook, 4).cells for out in cell.get("outputs", ())]
+    return "\n".join(out.get("data", {}).get("text/html", "") for out in outputs)
+
+
+def targets(notebook: Path) -> list[str]:
+    return labels(nbformat.read(notebook, 4))
 
 
 def figures_of(notebook: Path) -> int:
@@ -47,6 +62,38 @@ def test_notebooks_are_committed_without_outputs_and_with_parameters(notebook):
         check_parameters(notebook, {"sead": "1"})
     with pytest.raises(PatchSAEError, match="'seed'.*takes int.*'many'"):
         check_parameters(notebook, {"seed": "many"})
+
+
+LONGEST_CELL, LONGEST_NOTEBOOK = 20, 150
+WORDS = 1700  # of prose; details are folded, and counted
+
+
+@pytest.mark.parametrize("notebook", CHAPTERS, ids=lambda path: path.stem)
+def test_notebooks_are_for_reading(notebook):
+    """What computes is in a room, what decides in patchbook.chapters: a cell calls, and defines nothing."""
+    cells = nbformat.read(notebook, 4).cells
+    code = [c for c in cells if c.cell_type == "code" and "parameters" not in c.metadata.get("tags", ())]
+    lengths = {cell.id: len(cell.source.splitlines()) for cell in code}
+    assert max(lengths.values()) <= LONGEST_CELL, lengths
+    every = sum(len(c.source.splitlines()) for c in cells if c.cell_type == "code")
+    assert every <= LONGEST_NOTEBOOK
+    for cell in code:
+        defined = [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, DEFINING)]
+        assert not defined, f"{cell.id} defines something: move it to the library"
+
+
+@pytest.mark.parametrize("notebook", CHAPTERS, ids=lambda path: path.stem)
+def test_chapters_open_with_a_title_and_end_with_a_section(notebook):
+    cells = nbformat.read(notebook, 4).cells
+    prose = [cell.source for cell in cells if cell.cell_type == "markdown"]
+    # what was learned is put below the title, so that the title stands alone
+    assert re.fullmatch(r"# \d\. .+\n\n\*Paper .+\*", cells[0].source)
+    assert cells[-1].cell_type == "markdown"
+    headings = re.findall(r"^#+ (.+)$", "\n".join(prose), flags=re.MULTILINE)
+    assert headings[-1] in ("What remains open", "What this run says")
+    assert sum(len(text.split()) for text in prose) <= WORDS
+    terms = re.findall(r"{term}`(?:[^`<]*<)?([^`>]+)>?`", "\n".join(prose))
+    assert len(terms) == len(set(terms)) > 4, "a term is linked once"
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +122,30 @@ def test_every_notebook_is_a_chapter_and_leaves_no_dead_widget(chapters):
         assert "application/vnd.jupyter.widget" not in path.read_text()
 
 
+def test_every_chapter_opens_with_three_lessons_of_its_own(chapters):
+    for path in (chapters[source.stem] for source in CHAPTERS):
+        opening = nbformat.read(path, 4).cells[1]
+        found = lessons_of(path)
+        assert opening.source.startswith("## What we learned") and len(found) == 3
+        assert [one.rank for one in found] == [1, 2, 3]
+        assert all(one.text in opening.source and one.label in targets(path) for one in found)
+        assert not re.search(r"\bnan\b|\{\}", opening.source)
+
+
+TABLE = re.compile(r"<table.*?</table>", flags=re.DOTALL)
+
+
+def test_tables_have_captions_and_numbers_for_people(chapters):
+    for path in (chapters[source.stem] for source in CHAPTERS):
+        found = TABLE.findall(pages_of(path))
+        assert found
+        for table in found:
+            assert "<caption>" in table or "aria-label" in table, path
+            cells = re.findall(r">([^<]+)<", table)
+            wrong = [c for c in cells if re.search(r"\d\.\d{6,}|^-|\d{3}\.000|^[a-z]+_[a-z_]+$|\bnan\b", c)]
+            assert not wrong, (path.stem, wrong[:5])
+
+
 def test_all_chapters_describe_the_sae_of_the_first(chapters):
     names = {re.search(r"512 latents, from (sae-\w+)", text_of(path))[1]
              for name, path in chapters.items() if name not in ("01_training", "06_appendix")}  # fmt: skip
@@ -100,7 +171,7 @@ def test_statistics_counts_tokens_and_mass(chapters):
 def test_localization_scores_masks_against_controls(chapters):
     shown = text_of(chapters["03_localization"])
     assert "scenes of 6 classes scored" in shown and "left out" in shown
-    assert "best latent of the class" in shown and "AP, difference [95 %]" in shown
+    assert "best latent of the class" in shown and "AP, difference" in shown
     assert "Shared among the ten strongest latents" in shown and "expected if words and things" in shown
     assert figures_of(chapters["03_localization"]) >= 5
 
@@ -108,7 +179,7 @@ def test_localization_scores_masks_against_controls(chapters):
 def test_masking_compares_rankings_on_both_halves_of_all_data_sets(chapters):
     shown = text_of(chapters["04_masking"])
     assert "identity mask (all on)" in shown and "class (predicted)" in shown and "minus random" in shown
-    assert "What holds in this run" in shown and "clear at k =" in shown
+    assert "All latents on keep" in shown and "clear at k =" in shown
     assert shown.count("Silhouettes") >= 3 and "novel" in shown  # overview, base, novel
     assert figures_of(chapters["04_masking"]) >= 6
 
@@ -118,7 +189,7 @@ def test_adaptation_compares_both_models_on_all_data_sets(chapters):
     assert "197 tokens × 128" in shown and "199 tokens × 128" in shown
     assert "through SAE" in shown and "membership" in shown and "low-to-high" in shown
     assert shown.count("Silhouettes") >= 4 and "sd over seeds" in shown and "CoOp alone" in shown
-    assert "if MaPLe ranks instead of CLIP" in shown
+    assert "if MaPLe ranks the latents" in shown
     assert "Beyond the paper" in shown and "Pairs never seen gain" in shown
     assert figures_of(chapters["05_adaptation"]) >= 10
 

@@ -70,7 +70,7 @@ def test_the_target_makes_the_committed_prompts_again(plain, target, tmp_path):
 
 
 def test_prompts_that_are_not_there_are_named(plain):
-    with pytest.raises(MissingPrompts, match="of maple for 'eurosat' with seed 1.*patchbook.train_prompts"):
+    with pytest.raises(MissingPrompts, match="of maple for 'eurosat' with seed 1.*patchsae prompts"):
         find_prompts(FOLDER, "eurosat", plain)
     with pytest.raises(MissingPrompts, match="of vpt for 'concepts'.*make prompts") as missing:
         find_prompts(FOLDER, "concepts", plain, method=Method.VPT)

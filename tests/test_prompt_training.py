@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny import tiny_images
 
 from patchsae.adaptation import prompt_training
@@ -20,6 +20,7 @@ from patchsae.adaptation.prompt_training import (
 from patchsae.images.augmentation import Crops
 from patchsae.images.sets import Batch, ImageSet
 from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.tensors import save_tensors
 
 # 24 images in 6 steps per epoch, the tiny CLIP's text tower having one block
 CONFIG = PromptTrainConfig(depth=1, epochs=2, batch_size=4, lr=0.01, checkpoint_share=1e9)
@@ -307,6 +308,6 @@ def test_a_damaged_checkpoint_is_refused(backbone, shots, whole, tmp_path):
     with pytest.raises(PatchSAEError, match="is no checkpoint of this run"):
         train_prompts(backbone, shots, CONFIG, tmp_path, progress=False)
     tensors = load_file(whole.folder / "prompts.safetensors")
-    save_file(tensors, folder / "checkpoint.safetensors", {"run": json.dumps({"inputs": "other"})})
+    save_tensors(folder / "checkpoint.safetensors", tensors, {"inputs": "other"})
     with pytest.raises(PatchSAEError, match="it is of another run"):
         train_prompts(backbone, shots, CONFIG, tmp_path, progress=False)

@@ -38,7 +38,7 @@ def notebook(tmp_path):
 
 def test_figures_become_files_and_html(notebook):
     path, source, book = notebook
-    drawn = publish(path, source, book)
+    drawn = publish(nbformat.read(path, 4), source, book)
     folder = book / "_static" / "figures" / "01_one"
     names = [f"{name}.{ending}" for name in ("fig-1", "fig-1-2") for ending in ("csv", "pdf", "png")]
     assert sorted(file.name for file in folder.iterdir()) == sorted(names)
@@ -61,11 +61,11 @@ def test_figures_become_files_and_html(notebook):
 
 def test_publishing_again_writes_nothing_and_removes_what_is_gone(notebook):
     path, source, book = notebook
-    publish(path, source, book)
+    publish(nbformat.read(path, 4), source, book)
     files = [file for file in book.rglob("*") if file.is_file()]
     before = {file: file.stat().st_mtime_ns for file in files}
     (book / "_static" / "figures" / "01_one" / "old.png").write_bytes(b"")
-    publish(path, source, book)
+    publish(nbformat.read(path, 4), source, book)
     assert {file: file.stat().st_mtime_ns for file in book.rglob("*") if file.is_file()} == before
 
 
@@ -74,7 +74,7 @@ def test_a_cell_may_say_what_its_figure_shows(notebook):
     executed = nbformat.read(path, 4)
     executed.cells[1].metadata["mystnb"] = {"figure": {"caption": "Own."}, "image": {"alt": "Own words."}}
     nbformat.write(executed, path)
-    publish(path, source, book)
+    publish(nbformat.read(path, 4), source, book)
     cell = nbformat.read(book / "notebooks" / "01_one.ipynb", 4).cells[1]
     assert (
         "Own." in cell.outputs[0].data["text/html"]

@@ -244,7 +244,12 @@ def test_a_killed_run_of_mixtures_goes_on_at_the_first_chunk_that_is_missing(mod
     assert not loaded  # the refused call had made the rest
     for ours, theirs in zip(again, whole, strict=True):
         assert all((ours[parts] == theirs[parts]).all() for parts in PARTS)
-    assert {path.name for path in folder.iterdir()} == {".lock", "manifest.json", "ranks.safetensors"}
+    assert {path.name for path in folder.iterdir()} == {
+        ".checked.json",
+        ".lock",
+        "manifest.json",
+        "ranks.safetensors",
+    }
 
 
 def test_models_cut_at_different_blocks_are_refused(models):

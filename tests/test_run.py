@@ -228,6 +228,45 @@ def test_what_is_not_a_notebook_is_one_sentence(tmp_path, capsys, text):
         assert "cannot be read as a notebook" in capsys.readouterr().err
 
 
+BOOK = """scale: str = "embedded"
+results: str = "results"
+k: int = 10  # kept
+l1: float = -1.0
+blocks: list[int] = [2]
+seed: int = 0
+tau: float = 0.2
+"""
+
+
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        ({"k": "-7"}, "k=-7 must be 1 or more"),
+        ({"k": "0", "blocks": "[0]"}, r"k=0 must be 1 or more; blocks=\[0\] must be from 1 to 64"),
+        ({"tau": "inf"}, r"'tau' of .* takes float \(0 or more\), not 'inf'"),
+        ({"tau": float("inf")}, "tau=inf must be 0 or more"),
+        ({"l1": "nan"}, r"'l1' of .* takes float \(any finite number\), not 'nan'"),
+        ({"scale": "papr"}, "scale='papr' must be one of 'embedded', 'paper'"),
+        ({"seed": "010"}, "'seed' of .* takes int .*, not '010'"),
+        ({"seed": "1:30"}, "'seed' of .* takes int .*, not '1:30'"),
+    ],
+)
+def test_values_out_of_range_are_refused_before_a_kernel_starts(notebook, given, told):
+    with pytest.raises(PatchSAEError, match=told):
+        check_parameters(notebook(parameters=BOOK), given)
+
+
+def test_parameters_are_listed_with_what_they_may_be(notebook, capsys):
+    assert main([str(notebook(parameters=BOOK)), "--parameters"]) == 0
+    assert "k: int = 10  # 1 or more; kept\n" in capsys.readouterr().out
+
+
+def test_a_negative_number_with_an_exponent_is_a_value(notebook, tmp_path):
+    out = tmp_path / "out.ipynb"
+    assert main([str(notebook("print(rate)")), str(out), "-p", "rate", "-1e-4"]) == 0
+    assert texts(out) == "-0.0001\n"
+
+
 def test_a_notebook_without_a_parameters_cell_takes_none(notebook, tmp_path, capsys):
     source, out = notebook("print(1)", parameters=None), tmp_path / "out.ipynb"
     assert main([str(source), str(out), "-p", "steps", "1"]) == 2

@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import CONFIG
 
-from patchbook.chapters.ablation import Budget
-from patchbook.recipes import book_plan, fvu_of_pca, recipes
+from patchbook.chapters.ablation import ALL_TOKENS, DESIGNS, Budget, Sweep
+from patchbook.recipes import TWIN, book_plan, fvu_of_pca, recipes
 from patchbook.scales import scale
 from patchbook.shipped import find_or_train, load_shipped, publish, put, read_index, shelf
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.stage import file_digest, project_root
 from patchsae.sae.model import SAE, SAEConfig
+from patchsae.training.activations import Tokens
 from patchsae.training.trainer import train_sae, training_digest
 
 SAE_CONFIG = SAEConfig(d_in=32, expansion=4, l1=1e-4)
@@ -179,6 +180,21 @@ def test_the_rows_that_are_shipped_are_those_that_chapter_6_asks_for():
     assert (values["seed"], values["expansion"], values["l1"]) == (0, 0, -1.0)
 
 
+def test_rows_on_all_tokens_are_the_scales_own_autoencoders(tmp_path):
+    plan = book_plan()
+    shipped = recipes(plan, tmp_path)
+    rows = {"all tokens": "main", "block 8": "block8", "block 2": "block2", TWIN: "seed1"}
+    designs = DESIGNS | {TWIN: replace(ALL_TOKENS, replicate=1)}
+    budget, setup = plan.budget, plan.scale
+    sweep = Sweep(setup.name, **budget.runs(setup, tmp_path, seed=0))
+    for row, name in rows.items():
+        recipe, backbone = shipped[name](), sweep.backbone(designs[row])
+        images = budget.sets(setup, setup.sets(backbone, "").train, seed=0)[Tokens.ALL]
+        assert training_digest(images, backbone, *sweep.configs(designs[row])) == training_digest(
+            recipe.task.images, recipe.backbone, recipe.task.sae, recipe.task.train
+        )
+
+
 @pytest.fixture(scope="module")
 def target():
     """Return artefacts/sae/train.py as a module."""
@@ -214,10 +230,9 @@ def test_the_target_makes_an_autoencoder_again(target, tmp_path, capsys):
 
 def test_names_of_recipes():
     assert list(recipes(book_plan(), "")) == [
-        "main", "seed1", "seed2", "block2", "block5", "block8", "topk", "table2-baseline-fry",
+        "main", "seed1", "seed2", "block2", "block5", "block8", "topk", "maple", "table2-baseline-fry",
         "table2-cls-default", "table2-l1-is-0", "table2-l1-times-10", "table2-expansion-over-2",
-        "table2-expansion-times-2", "table2-no-ghost", "table2-b-dec-from-mean", "table2-all-tokens",
-        "table2-block-8", "table2-block-5", "table2-block-2", "table2-all-other-seed",
+        "table2-expansion-times-2", "table2-no-ghost", "table2-b-dec-from-mean",
     ]  # fmt: skip
 
 

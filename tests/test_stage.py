@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +19,8 @@ from hypothesis import strategies as st
 from patchsae.runs.cadence import Cadence
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.stage import Stage, digest, jsonable, project_root, write_atomic, write_json
+from patchsae.runs.stopping import Stopped, stoppable
+from patchsae.runs.verify import verify_results
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -174,6 +179,82 @@ def test_a_written_file_has_ordinary_permissions(tmp_path):
     assert write_json(tmp_path / "x.json", 1).stat().st_mode == plain.stat().st_mode
 
 
+def finished(root: Path) -> Stage:
+    stage = Stage.open(root, "train", Config(), version=1)
+
+    def make() -> None:
+        (stage.path / "weights").write_bytes(b"12345678")
+        stage.finish("weights")
+
+    stage.once(make)
+    return stage
+
+
+def test_one_flipped_bit_is_seen_when_the_result_is_opened(tmp_path):
+    stage = finished(tmp_path)
+    (stage.path / "weights").write_bytes(b"12345679")
+    with pytest.raises(PatchSAEError, match="weights is not the file that was made: copy .* or delete"):
+        stage.once(None)
+
+
+def test_a_result_is_hashed_once_and_then_known_by_size_and_time(tmp_path, monkeypatch):
+    stage = finished(tmp_path)
+    os.utime(stage.path / "weights", ns=(0, 0))
+    stage.once(None)  # touched: hashed again
+    monkeypatch.setattr("patchsae.runs.verify.file_digest", None)
+    stage.once(None)
+
+
+def test_a_result_of_an_older_version_is_made_anew_by_name(tmp_path):
+    stage = finished(tmp_path)
+    manifest = stage.manifest
+    del manifest["format"]
+    write_json(stage.path / "manifest.json", manifest | {"files": {"weights": 8}})
+    with pytest.warns(UserWarning, match=f"{stage.path} was finished by an older version"):
+        finished(tmp_path)
+    assert stage.done
+
+
+def test_a_stage_that_left_something_out_cannot_finish(tmp_path):
+    stage = Stage.open(tmp_path, "train", Config(), version=1)
+    with pytest.raises(PatchSAEError, match="lacks weights, so it cannot be finished"):
+        stage.finish("weights")
+    with pytest.raises(PatchSAEError, match="was not finished"):
+        stage.once(lambda: None)
+
+
+def test_all_results_below_a_folder_are_verified(tmp_path):
+    one = finished(tmp_path)
+    other = Stage.open(tmp_path, "train", Config(seed=5), version=1)
+    other.finish()
+    assert verify_results(tmp_path) == []
+    stamp = (one.path / "weights").stat()
+    (one.path / "weights").write_bytes(b"12345679")
+    os.utime(one.path / "weights", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # what opening cannot see
+    one.once(None)
+    (other.path / "manifest.json").write_text("{")
+    problems = verify_results(tmp_path)
+    assert len(problems) == 2 and all("delete" in what and "\n" not in what for what in problems)
+    assert any(f"{one.path / 'weights'} is not the file" in what for what in problems)
+    assert any(f"{other.path / 'manifest.json'} is damaged" in what for what in problems)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_finished_result_is_read_where_nothing_can_be_written(tmp_path):
+    stage = finished(tmp_path)
+    stage.path.chmod(0o555)
+    assert finished(tmp_path).path == stage.path
+
+
+def test_a_signal_that_ends_a_command_lets_it_tidy_up():
+    tidied, before = [], signal.getsignal(signal.SIGINT)
+    with pytest.raises(Stopped, match="SIGTERM") as stopped, stoppable(lambda: tidied.append(1)):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert tidied == [1] and stopped.value.code == 143
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_project_root_is_found_from_anywhere(tmp_path, monkeypatch):
     root = project_root()
     assert (root / "pyproject.toml").is_file()
@@ -195,7 +276,8 @@ def test_a_finished_result_that_lost_a_file_is_named(tmp_path, damage):
         (stage.path / "part-0").unlink()
 
     assert stage.once(make) == stage.once(make)
-    assert stage.manifest["files"] == {"x.zarr/count/0.0": 8}
+    sha256 = "ef797c8118f02dfb649607dd5d3f8c7623048c9c063d532cc95c5ed7a898a64f"
+    assert stage.manifest["files"] == {"x.zarr/count/0.0": [8, sha256]}
     chunk = stage.path / "x.zarr" / "count" / "0.0"
     chunk.unlink() if damage == "lost" else chunk.write_bytes(b"1234")
     what = "is missing" if damage == "lost" else "has 4 bytes of 8"

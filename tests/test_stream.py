@@ -143,7 +143,9 @@ def test_a_damaged_shard_is_made_anew(backbone, images, tmp_path):
     whole = shard.read_bytes()
     activations._opened.cache_clear()
     shard.unlink()
-    with pytest.raises(PatchSAEError, match=r"000000.safetensors' is damaged .*; run again"):
+    with pytest.raises(
+        PatchSAEError, match=r"000000.safetensors' is damaged .*; delete it, then run again"
+    ):
         next(stream.batches())
     shard.write_bytes(whole[:-1000])
     again = TokenStream(images, backbone, cached)

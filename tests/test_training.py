@@ -23,6 +23,13 @@ from patchsae.training.trainer import CHECKPOINT, TrainConfig, train_sae
 SAE_CONFIG = SAEConfig(d_in=32, expansion=4, l1=1e-4)
 
 
+def test_training_learns_where_its_caller_only_measures(backbone, images, tmp_path):
+    with torch.no_grad():
+        inside = train_sae(images, backbone, SAE_CONFIG, CONFIG, tmp_path / "a", progress=False)
+    outside = train_sae(images, backbone, SAE_CONFIG, CONFIG, tmp_path / "b", progress=False)
+    assert torch.equal(inside.sae.W_dec, outside.sae.W_dec)
+
+
 def test_training_reconstructs_better_and_is_done_once(backbone, images, tmp_path):
     trained = train_sae(images, backbone, SAE_CONFIG, CONFIG, tmp_path, progress=False)
     rows = trained.metrics
@@ -174,13 +181,26 @@ def test_training_from_a_cache(backbone, images, tmp_path):
     [
         lambda whole, tensors, meta: whole[:-100],
         lambda whole, tensors, meta: b"",
-        lambda whole, tensors, meta: (tensors, {"run": meta["run"].replace('"inputs": "', '"inputs": "0')}),
+        lambda whole, tensors, meta: (
+            tensors,
+            meta | {"facts": meta["facts"].replace('"inputs": "', '"inputs": "0')},
+        ),
         lambda whole, tensors, meta: (tensors, {}),
         lambda whole, tensors, meta: ({k: v for k, v in tensors.items() if k != "sae.b_enc"}, meta),
+        lambda whole, tensors, meta: (tensors | {"sae.b_enc": tensors["sae.b_enc"] + 1}, meta),
         lambda whole, tensors, meta: ({k: v for k, v in tensors.items() if "exp_avg" not in k}, meta),
         lambda whole, tensors, meta: (tensors | {"silent": tensors["silent"][:3].clone()}, meta),
     ],
-    ids=["cut", "empty", "foreign", "no metadata", "no weights", "no moments", "other size"],
+    ids=[
+        "cut",
+        "empty",
+        "foreign",
+        "no metadata",
+        "no weights",
+        "other weights",
+        "no moments",
+        "other size",
+    ],
 )
 def test_a_bad_checkpoint_is_named(backbone, images, tmp_path, monkeypatch, damage):
     stop_at_step(monkeypatch, 7)
@@ -226,7 +246,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
         return step._replace(reconstruction=float("nan")) if lr == CONFIG.lr else step
 
     monkeypatch.setattr(Stepper, "step", explode)
-    with pytest.raises(PatchSAEError, match="not finite at step 5; use a smaller lr than 0.003"):
+    with pytest.raises(PatchSAEError, match="not finite at step 5 .*smaller lr than 0.003; nothing"):
         train_sae(images, backbone, SAE_CONFIG, CONFIG, tmp_path, progress=False)
     monkeypatch.undo()
     assert len(list(tmp_path.glob(f"sae-*/{CHECKPOINT}"))) == 1

@@ -6,7 +6,9 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from patchbook import figures
+from patchbook.chapters import kept_truth
 from patchbook.chapters.factors import Factor, levels, plan_scenes, shown
+from patchbook.chapters.kept_truth import keep_truth
 from patchbook.chapters.truth import (
     Dictionary,
     TruthConfig,
@@ -127,6 +129,25 @@ def test_the_untrained_sae_is_as_sparse_and_both_signs_are_units():
     variance = pca[:, :32].var(0)
     assert (variance[:-1] >= variance[1:] - 1e-4).all()
     assert torch.allclose(torch.corrcoef(pca[:, :32].T), torch.eye(32), atol=1e-3)
+
+
+def test_what_is_kept_is_what_was_found(backbone, tmp_path, monkeypatch):
+    sae = SAE(SAEConfig(d_in=32, expansion=4, activation="topk", k=4))
+    config = TruthConfig(images=60, pairs=6, fit_images=8, least=3)
+    found = known_truth(sae, backbone, config)
+    keep_truth(sae, backbone, config, tmp_path)
+    monkeypatch.setattr(kept_truth, "known_truth", None)  # it is not asked again
+    kept = keep_truth(sae, backbone, config, tmp_path)
+    for name in Dictionary:
+        for one, two in zip(found.explained[name], kept.explained[name], strict=True):
+            np.testing.assert_array_equal(np.array(one), np.array(two))
+        np.testing.assert_array_equal(found.effects[name], kept.effects[name])
+    assert kept.ahead == found.ahead and kept.levels.names == found.levels.names
+    np.testing.assert_array_equal(kept.ceiling, found.ceiling)
+    (file,) = tmp_path.rglob(kept_truth.RESULT)
+    file.write_bytes(b"\0" * file.stat().st_size)
+    with pytest.raises(PatchSAEError, match="is damaged .*delete"):
+        keep_truth(sae, backbone, config, tmp_path)
 
 
 def test_a_run_is_complete_repeatable_and_can_be_drawn(backbone):

@@ -1,6 +1,5 @@
 """workflow/: its settings name what exists, and Snakemake draws the DAG that the notebooks need."""
 
-import ast
 import re
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from patchbook.order import READS
 from patchbook.parameters import check_parameters, read_parameters
 from patchbook.scenes.embedded import DATASETS
 from patchsae.images.benchmark_table import BENCHMARKS
@@ -43,10 +43,8 @@ def chapters() -> list[str]:
 
 
 def test_every_notebook_of_the_book_has_a_rule_and_is_wanted(settings, chapters):
-    (table,) = re.findall(r"^CHAPTERS = (\{.*?^\})", SNAKEFILE, re.MULTILINE | re.DOTALL)
-    table = ast.literal_eval(table.replace("SAE +", "").replace("SAE,", "'',"))
-    assert list(table) == chapters == settings["notebooks"]
-    for number, (_, before) in enumerate(table.values()):
+    assert list(READS) == chapters == settings["notebooks"]
+    for number, before in enumerate(READS.values()):
         assert set(before) <= set(chapters[:number])
 
 

@@ -17,10 +17,12 @@ import sys
 from pathlib import Path
 
 from patchbook.recipes import Plan, book_plan, card_of, measure, recipes, tiny_plan
-from patchbook.shipped import CARD, load_shipped, publish, put, read_index
+from patchbook.shipped import load_shipped, publish, put, read_index
 from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.hub import CARD_PAGE
 from patchsae.runs.jobs import workers
-from patchsae.runs.stage import project_root
+from patchsae.runs.stage import project_root, write_atomic
+from patchsae.sae.sharing import CARD, model_card
 from patchsae.training.trainer import train_sae, training_digest
 
 HERE = Path(__file__).parent
@@ -83,7 +85,8 @@ def train_one(name: str, tiny: bool, out: Path, work: Path, force: bool) -> None
     seconds = json.loads((trained.folder / "manifest.json").read_text("utf-8"))["seconds"]
     sets = plan.scale.sets(recipe.backbone, "")
     measured = measure(recipe, trained, sets, plan.scale, plan, str(work))
-    put(name, trained, inputs, card_of(recipe, trained, measured, seconds), out)
+    here = put(name, trained, inputs, card_of(recipe, trained, measured, seconds), out)
+    write_atomic(here / CARD_PAGE, lambda path: path.write_text(model_card(here), "utf-8"))
     shown = ", ".join(f"{key} {measured[key]:.3g}" for key in ("fvu", "fvu_pca", "l0", "cosine_with_start"))
     print(f"{name}: {shown}, {out / name / CARD}", flush=True)
 

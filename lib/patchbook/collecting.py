@@ -10,13 +10,12 @@ from typing import Any
 
 import nbformat
 
+from patchbook.lessons import lessons_of
 from patchbook.report import BEYOND, ITEMS, KEY, Verdict
 from patchsae.runs.errors import PatchSAEError
 
 FIGURE = "patchsae-figure"
 """Where an output's metadata say what a figure is."""
-LESSON = "patchsae-lesson"
-"""Where a sentence that a chapter has learned stands in its output's metadata: text, label and rank."""
 
 
 def targets(text: str) -> list[str]:
@@ -34,15 +33,12 @@ def collect_lessons(notebooks: Sequence[Path]) -> list[dict[str, Any]]:
 
     The main result is the sentence of the lowest rank.
     """
-    found = []
-    for path in notebooks:
-        notebook = nbformat.read(path, as_version=4)
-        outputs = (out for cell in notebook.cells for out in cell.get("outputs", ()))
-        said = [out["metadata"][LESSON] for out in outputs if LESSON in out.get("metadata", {})]
-        if said:
-            main = min(said, key=lambda one: one["rank"])
-            found.append({"text": main["text"], "cell": f"{path.name}#{main['label']}"})
-    return found
+    said = {path.name: lessons_of(path) for path in notebooks}
+    return [
+        {"text": lessons[0].text, "cell": f"{name}#{lessons[0].label}"}
+        for name, lessons in said.items()
+        if lessons
+    ]
 
 
 def collect(notebooks: Sequence[Path]) -> list[dict[str, Any]]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import io
+import re
+import tokenize
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,15 +14,17 @@ import nbformat
 import yaml
 from papermill.translators import PythonTranslator, papermill_translators
 
+from patchbook.ranges import Range, check_ranges, ranges_of
 from patchsae.runs.errors import PatchSAEError, printable
 
 
 class Parameter(NamedTuple):
-    """One assignment of the parameters cell: its type expression (None: any) and its source."""
+    """One assignment of the parameters cell: its type expression (None: any), source and comment."""
 
     name: str
     annotation: ast.expr | None
     source: str
+    comment: str = ""
 
 
 class _WithTuples(PythonTranslator):
@@ -33,6 +38,19 @@ class _WithTuples(PythonTranslator):
         return super().translate(val)
 
 
+class _Core(yaml.SafeLoader):
+    """Read YAML 1.2's core: in 1.1, which PyYAML reads, 010 is 8, 1:30 is 90, and yes is true."""
+
+    yaml_implicit_resolvers: dict = {}
+
+
+for _tag, _pattern in (
+    ("bool", "true|True|TRUE|false|False|FALSE"),
+    ("null", "null|Null|NULL|none|None|~|"),
+    ("int", r"[-+]?(0|[1-9]\d*)"),
+    ("float", r"[-+]?(\.\d+|(0|[1-9]\d*)(\.\d*)?)([eE][-+]?\d+)?"),
+):
+    _Core.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), None)
 papermill_translators.register("python", _WithTuples)
 
 
@@ -61,10 +79,25 @@ def read_parameters(notebook: Path) -> dict[str, Parameter]:
     for statement in statements:
         match statement:
             case ast.AnnAssign(target=ast.Name(id=name), annotation=annotation, value=ast.expr() as value):
-                found[name] = Parameter(name, annotation, ast.unparse(value))
+                comment = _comment(cell.source, statement)
+                found[name] = Parameter(name, annotation, ast.unparse(value), comment)
             case ast.Assign(targets=[ast.Name(id=name)], value=value):
-                found[name] = Parameter(name, _annotation_of(value), ast.unparse(value))
+                comment = _comment(cell.source, statement)
+                found[name] = Parameter(name, _annotation_of(value), ast.unparse(value), comment)
     return found
+
+
+def list_parameters(notebook: Path) -> str:
+    """Write down every parameter of a notebook, a line each: type, default, legal values, comment."""
+    declared = read_parameters(notebook)
+    known = ranges_of(declared)
+    lines = []
+    for name, parameter in declared.items():
+        kind = "" if parameter.annotation is None else f": {ast.unparse(parameter.annotation)}"
+        notes = [str(known[name])] if name in known else []
+        notes += [parameter.comment] if parameter.comment else []
+        lines.append(f"{name}{kind} = {parameter.source}" + f"  # {'; '.join(notes)}" * bool(notes))
+    return "\n".join(lines)
 
 
 def check_parameters(notebook: Path, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,7 +111,12 @@ def check_parameters(notebook: Path, given: Mapping[str, Any]) -> dict[str, Any]
             f"{notebook} has no parameter {_listed(unknown)}: "
             f"it takes {_listed(sorted(declared)) or 'none'}."
         )
-    return {name: _typed(notebook, declared[name], value) for name, value in given.items()}
+    known = ranges_of(declared)
+    typed = {
+        name: _typed(notebook, declared[name], value, known.get(name)) for name, value in given.items()
+    }
+    check_ranges(typed, declared, notebook)
+    return typed
 
 
 def read_notebook(notebook: Path) -> nbformat.NotebookNode:
@@ -94,7 +132,7 @@ def read_notebook(notebook: Path) -> nbformat.NotebookNode:
         ) from error
 
 
-def _typed(notebook: Path, parameter: Parameter, value: Any) -> Any:
+def _typed(notebook: Path, parameter: Parameter, value: Any, allowed: Range | None) -> Any:
     annotation = parameter.annotation
     if isinstance(value, str) and printable(value) != value:
         raise PatchSAEError(
@@ -107,8 +145,9 @@ def _typed(notebook: Path, parameter: Parameter, value: Any) -> Any:
             wants_float = isinstance(annotation, ast.Name) and annotation.id == "float"
             kind = _container(candidate, annotation)
             return float(candidate) if whole and wants_float else kind(candidate) if kind else candidate
+    legal = f" ({allowed})" if allowed else ""
     raise PatchSAEError(
-        f"Parameter {parameter.name!r} of {notebook} takes {ast.unparse(annotation)}, "
+        f"Parameter {parameter.name!r} of {notebook} takes {ast.unparse(annotation)}{legal}, "
         f"not {value!r}: its default is {parameter.source}."
     )
 
@@ -116,12 +155,12 @@ def _typed(notebook: Path, parameter: Parameter, value: Any) -> Any:
 def _readings(text: str) -> list[Any]:
     """List what a command-line value may mean, the text itself last.
 
-    Python's reading comes first because YAML 1.1 takes 1e-4 for text.
+    Python's reading comes first; what is none, such as true and [a, b], is read as YAML 1.2.
     """
     readings = []
     for read, error in (
         (ast.literal_eval, (ValueError, SyntaxError)),
-        (yaml.safe_load, yaml.YAMLError),
+        (lambda text: yaml.load(text, _Core), yaml.YAMLError),
     ):
         try:
             value = read(text)
@@ -193,6 +232,13 @@ def _annotation_of(value: ast.expr) -> ast.expr | None:
         kinds = {type(item).__name__ for item in default}
         name = f"list[{kinds.pop()}]" if len(kinds) == 1 else "list"
     return ast.parse(name, mode="eval").body
+
+
+def _comment(source: str, statement: ast.stmt) -> str:
+    """Return what stands behind an assignment, or behind one of its lines."""
+    lines = source.splitlines()[statement.lineno - 1 : statement.end_lineno]
+    tokens = tokenize.generate_tokens(io.StringIO("\n".join(lines)).readline)
+    return "; ".join(t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -24,14 +24,15 @@ STATIC = "_static/figures"
 SOURCES = "_static/notebooks"
 
 
-def publish(executed: Path, source: Path, book: Path) -> list[dict[str, Any]]:
+def publish(notebook: nbformat.NotebookNode, source: Path, book: Path) -> list[dict[str, Any]]:
     """Put an executed notebook into the book's folder of notebooks, its figures as files and HTML.
+
+    `notebook` is changed; `source` is the file that it was executed from, offered beside each figure.
 
     A file that is there already and the same is left as it is. Returns what the figures are, in order, each
     with the address of its picture below the book's `_static` (`png`).
     """
-    notebook = nbformat.read(executed, as_version=4)
-    folder, drawn, target = book / STATIC / executed.stem, [], ""
+    folder, drawn, target = book / STATIC / source.stem, [], ""
     counted: dict[str, int] = {}
     kept = set()
     for cell in notebook.cells:
@@ -54,16 +55,16 @@ def publish(executed: Path, source: Path, book: Path) -> list[dict[str, Any]]:
                 _write(folder / f"{name}.{ending}", content)
                 kept.add(f"{name}.{ending}")
             said = dict(about) | own
-            shown = said | {"file": name, "target": target, "notebook": executed.stem}
+            shown = said | {"file": name, "target": target, "notebook": source.stem}
             data["text/html"] = figure_html(shown)
             data.pop("text/plain", None)
-            drawn.append(shown | {"png": f"{STATIC}/{executed.stem}/{name}.png"})
+            drawn.append(shown | {"png": f"{STATIC}/{source.stem}/{name}.png"})
     for stale in folder.glob("*"):
         if stale.name not in kept:
             stale.unlink()
     _write(book / SOURCES / source.name, source.read_bytes())
     text = nbformat.writes(notebook, version=4)
-    _write(book / "notebooks" / executed.name, text.encode())
+    _write(book / "notebooks" / source.name, text.encode())
     return drawn
 
 

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from patchbook.chapters.ablation import ALL_TOKENS, DESIGNS, Budget, Design, Sweep
 from patchbook.scales import Scale, Sets, Task, scale
+from patchsae.adaptation.prompt_files import find_prompts
 from patchsae.clip.backbone import Backbone, zero_shot_weights
 from patchsae.images.sets import ImageSet
 from patchsae.masking.through import reconstruction, through_sae, zero_shot
-from patchsae.runs.stage import versions
+from patchsae.runs.stage import project_root, versions
 from patchsae.sae.model import SAE
 from patchsae.training.activations import Tokens, token_columns
 from patchsae.training.starts import set_start
@@ -27,6 +28,7 @@ from patchsae.training.trainer import Trained
 IMAGES_LICENCE = "OpenMoji CC BY-SA 4.0, Twemoji CC BY 4.0"
 TWIN = "all, other seed"
 """The row that the paper's table does not have: all tokens from another seed."""
+PROMPT_SEED = 1  # of the adapted CLIP that one autoencoder is trained on, as in chapter 5
 PCA_IMAGES = 256  # training images whose tokens give the principal components: 50,000 tokens
 
 
@@ -85,9 +87,14 @@ def recipes(plan: Plan, work: str | Path) -> dict[str, Callable[[], Recipe]]:
         found["topk"] = lambda: _of_scale(
             plan, work, "TopK beside the ReLU of the paper", setup.block, setup.topk_sae, setup.topk_train
         )
-    # "CLS, B/16" is "CLS, default" where one backbone plays both
-    designs = {name: d for name, d in DESIGNS.items() if name != "CLS, B/16"}
-    for name, design in (designs | {TWIN: replace(ALL_TOKENS, replicate=1)}).items():
+    found["maple"] = lambda: _of_adapted(plan, work)
+    # Rows on all tokens by the scale's own run are those above. "CLS, B/16" is "CLS, default" where one
+    # backbone plays both.
+    designs = {n: d for n, d in DESIGNS.items() if d.tokens is Tokens.CLS and n != "CLS, B/16"}
+    if plan.budget.row_images:
+        alike = {n: d for n, d in DESIGNS.items() if d.tokens is Tokens.ALL}
+        designs |= alike | {TWIN: replace(ALL_TOKENS, replicate=1)}
+    for name, design in designs.items():
         found[f"table2-{_slug(name)}"] = lambda name=name, design=design: _row(plan, work, name, design)
     return found
 
@@ -103,7 +110,8 @@ def measure(recipe: Recipe, trained: Trained, sets: Sets, setup: Scale, plan: Pl
     """
     sae, tokens = trained.sae, recipe.task.train.tokens
     test = sets.test.sample(plan.test_images)
-    images, past = from_cache(test, recipe.backbone, work)
+    prompted = "prompt" in recipe.backbone.token_kind  # tokens of prompts are not cached
+    images, past = from_cache(test, recipe.backbone, "" if prompted else work)
     rebuilt = reconstruction(sae, past, images, tokens)
     stream = TokenStream(recipe.task.images, recipe.backbone, recipe.task.train)
     start = SAE(sae.config, recipe.task.train.seed)
@@ -164,13 +172,23 @@ def _of_scale(plan: Plan, work, about: str, block: int, sae: dict, train: dict) 
     return Recipe(about, backbone, plan.scale.task(images, backbone, Path(work), sae, train))
 
 
+def _of_adapted(plan: Plan, work) -> Recipe:
+    setup = plan.scale
+    plain = setup.backbone()
+    general = setup.sets(plain, "").benchmarks[0]
+    backbone = find_prompts(project_root() / "artefacts" / "prompts", general.name, plain, PROMPT_SEED)
+    images = setup.sets(backbone, "").train
+    about = f"all tokens of MaPLe for {general.title}, block {backbone.block}, seed 0"
+    return Recipe(about, backbone, setup.task(images, backbone, Path(work)))
+
+
 def _row(plan: Plan, work, name: str, design: Design) -> Recipe:
     setup = plan.scale
     sweep = Sweep(
-        setup.name, expansion=setup.expansion, l1=setup.l1, **plan.budget.runs(setup.train, work, seed=0)
+        setup.name, expansion=setup.expansion, l1=setup.l1, **plan.budget.runs(setup, work, seed=0)
     )
     backbone = sweep.backbone(design)
-    images = plan.budget.sets(setup.sets(backbone, "").train, seed=0)[design.tokens]
+    images = plan.budget.sets(setup, setup.sets(backbone, "").train, seed=0)[design.tokens]
     return Recipe(f"Table 2, {name}", backbone, Task(images, *sweep.configs(design)))
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import signal
 import sys
 import threading
 import time
@@ -28,24 +27,18 @@ from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from traitlets import default
 
-from patchbook.parameters import check_parameters, read_notebook
+from patchbook.lessons import put_first
+from patchbook.parameters import check_parameters, list_parameters, read_notebook
 from patchsae.runs.errors import PatchSAEError, printable
 from patchsae.runs.stage import write_atomic
+from patchsae.runs.stopping import Stopped, stoppable
 
-STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+USED = "PATCHSAE_USED"  # names the file that gets what an execution used: `patchbook.used`
 WATCH_SECONDS = 0.2  # between two looks at the memory of a kernel
 
 
 class NotebookFailed(RuntimeError):
     """Tell which cell of a notebook failed and where the partial notebook is kept."""
-
-
-class Stopped(KeyboardInterrupt):
-    """Tell which signal ended a run: of a scheduler, of a terminal that closed, or Ctrl-C."""
-
-    def __init__(self, number: int):
-        super().__init__(signal.Signals(number).name)
-        self.number = number
 
 
 class Cost(NamedTuple):
@@ -62,6 +55,9 @@ class ThisInterpreter(AsyncKernelManager):
     def kernel_spec(self) -> KernelSpec:
         """Describe a kernel of this interpreter."""
         argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        if used := os.environ.get(USED):
+            line = f"from patchbook.used import record; record({used!r})"
+            argv.append(f"--IPKernelApp.exec_lines={[line]!r}")
         return KernelSpec(
             argv=argv,
             display_name="Python 3",
@@ -159,17 +155,21 @@ def run_notebook(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, 1 (a cell failed), 2 (bad input), or 128 and a signal's number."""
-    arguments = _parser().parse_args(argv)
-    if threading.current_thread() is threading.main_thread():  # no other may
-        for number in STOPS:
-            signal.signal(number, _stop)
+    given, rest = _given(sys.argv[1:] if argv is None else list(map(str, argv)))
+    arguments = _parser().parse_args(rest)
+    if arguments.out is None and not arguments.parameters:
+        _parser().error("OUT.ipynb is missing: say where the executed notebook goes")
     try:
-        cost = run_notebook(
-            arguments.notebook,
-            arguments.out,
-            {name: value for name, value in arguments.p},
-            arguments.cwd,
-        )
+        if arguments.parameters:
+            print(list_parameters(arguments.notebook))
+            return 0
+        with stoppable(end_children):
+            cost = run_notebook(
+                arguments.notebook,
+                arguments.out,
+                given,
+                arguments.cwd,
+            )
     except PatchSAEError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -179,17 +179,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped as stop:
         kept = arguments.out.with_name(f"{arguments.out.stem}.failed.ipynb")
         print(f"error: {stop} stopped the run; what was done is in {kept}.", file=sys.stderr)
-        return 128 + stop.number
+        return stop.code
     print(f"{arguments.out}: {cost.seconds:.1f} s, peak {cost.peak_mb:.0f} MB")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m patchbook.run",
+        prog="patchsae run",
         description="Execute a notebook with other parameters; "
         "its result appears at OUT only if every cell ran.",
-        epilog="Example: python -m patchbook.run notebooks/01_training.ipynb out.ipynb -p seed 1. "
+        epilog="Example: patchsae run notebooks/01_training.ipynb out.ipynb -p seed 1. "
         "A value is read by the type of the parameter's default: 3, 1e-4, true, none, text, or a "
         "list such as '[1, 2]'. Exit code: 0 done; 1 a cell failed, and the partial notebook is "
         "kept beside OUT as .failed.ipynb; 2 bad input; 130, 143 or 129 it was stopped by Ctrl-C or a "
@@ -198,7 +198,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "notebook", metavar="IN.ipynb", type=Path, help="the notebook to execute; never changed"
     )
-    parser.add_argument("out", metavar="OUT.ipynb", type=Path, help="where the executed notebook goes")
+    parser.add_argument(
+        "--parameters", action="store_true", help="list the notebook's parameters and what they may be"
+    )
+    parser.add_argument(
+        "out", metavar="OUT.ipynb", type=Path, nargs="?", help="where the executed notebook goes"
+    )
     parser.add_argument(
         "-p",
         nargs=2,
@@ -211,13 +216,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _stop(number: int, _: object) -> None:
-    for other in STOPS:
-        signal.signal(other, signal.SIG_DFL)  # a second one ends the process at once
+def _given(words: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Take `-p NAME VALUE` out of a command line, as a value such as -1e-4 looks like an option."""
+    found: dict[str, str] = {}
+    rest: list[str] = []
+    while words:
+        if words[0] == "-p" and len(words) > 2:
+            found[words[1]], words = words[2], words[3:]
+        else:
+            rest.append(words.pop(0))
+    return found, rest
+
+
+def end_children() -> None:
     # at once: asked to end, a kernel in the middle of a cell prints tracebacks of its own
     for process in psutil.Process().children(recursive=True):
         process.kill()
-    raise Stopped(number)
 
 
 def _tidy(executed: Path, source: Path, out: Path, cost: Cost) -> None:
@@ -228,6 +242,7 @@ def _tidy(executed: Path, source: Path, out: Path, cost: Cost) -> None:
     for output in (output for cell in notebook.cells for output in cell.get("outputs", ())):
         if "text/html" in output.get("data", {}):
             output["data"].pop("application/vnd.jupyter.widget-view+json", None)
+    put_first(notebook)
     notebook.metadata["patchsae"] = cost._asdict()
     notebook.metadata["papermill"].update(input_path=str(source), output_path=str(out))
     nbformat.write(notebook, executed)

@@ -14,8 +14,8 @@ from patchsae.clip.backbone import OPENAI_IMAGENET_TEMPLATES, Backbone, load_bac
 from patchsae.images.benchmark_sets import open_benchmark, open_found
 from patchsae.images.benchmark_table import BENCHMARKS, ROBUSTNESS
 from patchsae.images.sets import Dataset, ImageSet
+from patchsae.runs.artefacts import artefact
 from patchsae.runs.errors import PatchSAEError
-from patchsae.runs.stage import project_root
 from patchsae.sae.model import SAEConfig
 from patchsae.training.trainer import TrainConfig, Trained
 
@@ -165,7 +165,7 @@ def scale(name: str) -> Scale:
     """
     if name == "embedded":
         return Scale(
-            "embedded", str(project_root() / "artefacts" / "small_clip"), None, block=11,
+            "embedded", str(artefact("small_clip")), None, block=11,
             expansion=8, l1=7e-4, templates=None, sets=_embedded_sets,
             # chosen by artefacts/sae/search.py
             train=TrainConfig(images=108_000, token_batch=512, warmup_steps=200, lr=1e-3, decay_from=0.3),

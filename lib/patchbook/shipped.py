@@ -22,7 +22,9 @@ from patchsae.images.sets import ImageSet
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.stage import Stage, file_digest, jsonable, project_root, write_atomic, write_json
 from patchsae.sae.model import CONFIG, SAE, WEIGHTS, SAEConfig
+from patchsae.sae.sharing import CARD
 from patchsae.training.trainer import (
+    FILES,
     METRICS,
     VERSION,
     TrainConfig,
@@ -34,7 +36,7 @@ from patchsae.training.trainer import (
     write_metrics,
 )  # fmt: skip
 
-INDEX, CARD = "index.json", "card.json"
+INDEX = "index.json"
 REMEDY = "run 'make saes'"
 
 
@@ -151,7 +153,7 @@ def find_or_train(
     def make() -> None:
         found.sae.save(stage.path)
         write_metrics(stage.path, found.metrics)
-        stage.finish(seed=config.seed, shipped=found.name, tokens=found.card.get("tokens"))
+        stage.finish(*FILES, seed=config.seed, shipped=found.name, tokens=found.card.get("tokens"))
 
     stage.once(make)
     return Trained(found.sae, found.metrics, stage.path, found.name)

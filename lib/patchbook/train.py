@@ -1,4 +1,4 @@
-"""Train an SAE from the command line: `python -m patchbook.train`, or torchrun for several processes."""
+"""Train an SAE from the command line: `patchsae train`, or torchrun for several processes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from torch import distributed
 
     from patchsae.runs.errors import PatchSAEError
+    from patchsae.runs.stopping import Stopped, stoppable
 
     try:
-        _train(options)
+        with stoppable():
+            _train(options)
+    except Stopped as stop:
+        print(
+            f"{stop} stopped the run; the same command goes on from its last checkpoint.", file=sys.stderr
+        )
+        return stop.code
     except PatchSAEError as error:
         print(error, file=sys.stderr)
         return 2
@@ -57,11 +64,11 @@ def _train(options: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m patchbook.train",
+        prog="patchsae train",
         description="Train a sparse autoencoder, or find it if it is there. A run that was stopped goes on "
         "when the same command is given again. What is not given is the scale's.",
         epilog="Several processes: torchrun --nproc-per-node 2 -m patchbook.train --device cuda. "
-        "Exit code: 0 done; 2 bad input.",
+        "Exit code: 0 done; 2 bad input; 130, 143 or 129 it was stopped by Ctrl-C or a scheduler.",
     )
     add = parser.add_argument
     add("--scale", default="embedded", help="'embedded' (default) or 'paper'")

@@ -1,4 +1,4 @@
-"""Learn prompts from the command line: `python -m patchbook.train_prompts`, at either scale.
+"""Learn prompts from the command line: `patchsae prompts`, at either scale.
 
 Base classes of a data set, Dassl's draw of a few images per class, MaPLe's published recipe. The result
 lies where `find_prompts` looks, `<prompts>/<method>/<dataset>/seed<n>/`, beside the manifest of the images
@@ -134,7 +134,7 @@ def _datasets(options: argparse.Namespace, backbone: Backbone) -> Sequence[Datas
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m patchbook.train_prompts",
+        prog="patchsae prompts",
         description="Learn prompts on the base classes of data sets, where they are not there yet. A run "
         "that was stopped goes on when the same command is given again. What is not given of the recipe is "
         "MaPLe's base-to-novel one, but for crops at the embedded scale.",

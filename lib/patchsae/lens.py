@@ -26,8 +26,10 @@ import xarray as xr
 from patchsae.clip.backbone import Backbone
 from patchsae.images.files import FileImages, FolderImages, class_folders, files_by_class, files_in
 from patchsae.images.sets import ImageSet
+from patchsae.images.sources import is_source, open_source
 from patchsae.latents.atlas import AtlasConfig, make_atlas
 from patchsae.latents.maps import masked_images
+from patchsae.runs.artefacts import artefact_of
 from patchsae.runs.errors import PatchSAEError, printable
 from patchsae.runs.hub import fetch, hub_name
 from patchsae.sae.importers import import_sae
@@ -77,16 +79,20 @@ class Found(NamedTuple):
     images: ImageSet
 
 
-def open_images(folder: str | Path, clip: Backbone) -> FileImages:
+def open_images(source: str | Path, clip: Backbone) -> ImageSet:
     """Open a person's own pictures, framed as the model's own transform frames them.
 
-    A folder of folders has a class for each; one of pictures is one class by its own name.
+    A folder of folders has a class for each; one of pictures is one class by its own name. Also shards
+    (`photos-{000..012}.tar`), `torchvision:SET:FOLDER`, `datasets:FOLDER` or `datasets:ORGANISATION/NAME`
+    (`images.sources`).
 
     Raises
     ------
-    PatchSAEError : the folder is missing, or holds no picture.
+    PatchSAEError : the folder is missing, or holds no picture; as `open_source`.
     """
-    folder = Path(folder).expanduser()
+    if is_source(str(source)):
+        return open_source(str(source), clip.frame)
+    folder = Path(source).expanduser()
     if not folder.is_dir():
         raise PatchSAEError(f"there is no folder '{folder}'; give one that holds pictures.")
     if names := files_in(folder):
@@ -138,7 +144,8 @@ def load_sae(source: str | Path, clip: Backbone) -> Lens:
     """Read an autoencoder for this model: saved here, by another project, or on the Hugging Face hub.
 
     source: a folder that `SAE.save` wrote; a file or folder of PatchSAE's released code, SAELens, saev,
-    sparsify, Prisma or dictionary_learning; or `hf:organisation/name`, which is fetched once.
+    sparsify, Prisma or dictionary_learning; `hf:organisation/name`, which is fetched once; or
+    `patchsae:sae/main`, this project's for block 11 of its small CLIP.
 
     Raises
     ------
@@ -146,7 +153,10 @@ def load_sae(source: str | Path, clip: Backbone) -> Lens:
     """
     name = str(source)
     hub = hub_name(name)
-    path = fetch(hub, ("*.safetensors", "*.json", "*.yaml")) if hub else Path(name).expanduser()
+    if hub:
+        path = fetch(hub, ("*.safetensors", "*.json", "*.yaml"))
+    else:
+        path = artefact_of(name) or Path(name).expanduser()
     if not path.exists():
         raise PatchSAEError(f"there is no file or folder '{path}'; give one that holds an autoencoder.")
     own = path.is_dir() and (path / CONFIG).is_file()

@@ -1,5 +1,8 @@
 """What a chapter computes beyond the engine, and what decides its verdicts.
 
-The rows of Table 2, truth by construction, the goals of training, and numbers that the paper prints.
-A notebook tells; whatever it would define belongs here.
+`opening` is what every chapter begins with. Then by chapter: `training`, `rebuilt` (1); `statistics`,
+`transfer`, `factors`, `truth`, `kept_truth`, `known` (2); `localization`, `mask_scores`, `layers`,
+`reading`, `words` (3); `masking`, `masking_sets` (4); `adaptation` (5); `ablation`, `table2`, `seeds`,
+`probes`, `against_untrained`, `learned` (6). Rules are in `verdicts` and `judged`, what others published in
+`published`. A notebook tells and defines nothing.
 """

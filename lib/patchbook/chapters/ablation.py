@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from patchbook.scales import scale
+from patchbook.scales import Scale, scale
 from patchbook.shipped import find_or_train
 from patchsae.clip.backbone import Backbone, zero_shot_weights
 from patchsae.images.sets import ImageSet
@@ -33,7 +33,7 @@ from patchsae.training.starts import BiasInit
 from patchsae.training.token_cache import fill, from_cache, parts_of
 from patchsae.training.trainer import TrainConfig
 
-VERSION = 1  # raised when the same inputs give another row
+VERSION = 2  # raised when the same inputs give another row
 RESULT = "row.json"
 
 
@@ -127,10 +127,11 @@ class Sweep:
         """Return a row's settings here: λ and expansion differ from the default by the paper's factors."""
         setup = scale(self.scale)
         l1 = self.l1 if self.l1 >= 0 else setup.l1
-        expansion = self.expansion or setup.expansion
+        expansion = (self.expansion or setup.expansion) * (design.expansion / DEFAULT.expansion)
         sae = SAEConfig(
             d_in=self.backbone(design).d_model,
-            expansion=expansion * (design.expansion / DEFAULT.expansion),
+            # a whole number is written as one, so that a row of the scale's own settings is the scale's SAE
+            expansion=int(expansion) if expansion.is_integer() else expansion,
             l1=l1 * (design.l1 / DEFAULT.l1),
             ghost=design.ghost,
         )
@@ -151,30 +152,40 @@ class Sweep:
 class Budget:
     """How many images the rows see; the defaults are the book's, and artefacts/sae has their SAEs."""
 
-    row_images: int = 1536
-    """Images each row on all tokens sees; 0 takes the scale's own run for all rows."""
-    cls_images: int = 73_728
-    """Images each row on the CLS token sees, counted with repetition."""
-    different_images: int = 1536
-    """Training images there are, their tokens cached; 0 takes all and caches none."""
-    cls_different_images: int = 6144
-    """The same for rows on the CLS token."""
+    row_images: int = 0
+    """Images each row on all tokens sees; 0 takes the scale's own run."""
+    cls_images: int = 2_000_000
+    """Images each row on the CLS token sees, counted with repetition; 0 takes as many as the other rows."""
+    different_images: int = 0
+    """Training images there are, their tokens cached; 0 takes the scale's, which may be all, uncached."""
+    cls_different_images: int = 12_288
+    """The same for rows on the CLS token, where there is a number for the others."""
 
-    def sets(self, train: ImageSet, seed: int) -> dict[Tokens, ImageSet]:
+    def sets(self, setup: Scale, train: ImageSet, seed: int) -> dict[Tokens, ImageSet]:
         """Return the images that rows on each kind of token are trained on."""
-        if not self.different_images:
+        few = self.different_images or setup.different_images
+        if not few:
             return {Tokens.CLS: train, Tokens.ALL: train}
-        numbers = {Tokens.CLS: self.cls_different_images, Tokens.ALL: self.different_images}
-        return {tokens: train.sample(number, seed) for tokens, number in numbers.items()}
+        many = self.cls_different_images
+        # without a number of its own the scale draws its images once, for all seeds
+        all_seed = seed if self.different_images else 0
+        return {Tokens.CLS: _few(train, many, seed), Tokens.ALL: _few(train, few, all_seed)}
 
-    def runs(self, train: TrainConfig, root: str | Path, seed: int) -> dict[str, TrainConfig]:
-        """Return a Sweep's `train` and `cls_train`: a scale's run, shortened in the one way of the book."""
-        train = replace(train, seed=seed, cache=str(root) if self.different_images else "")
-        if not self.row_images:
-            return {"train": train, "cls_train": replace(train, token_batch=128)}
-        # an image has one CLS token, so that such rows see more images and fewer tokens a step
-        short = replace(train, images=self.row_images, token_batch=1024, warmup_steps=20, log_every=10)
-        return {"train": short, "cls_train": replace(short, images=self.cls_images, token_batch=64)}
+    def runs(self, setup: Scale, root: str | Path, seed: int) -> dict[str, TrainConfig]:
+        """Return a Sweep's `train` and `cls_train`: the scale's run, or one shortened alike for all."""
+        cached = self.different_images or setup.different_images
+        train = replace(setup.train, seed=seed, cache=str(root) if cached else "")
+        if self.row_images:
+            train = replace(train, images=self.row_images, token_batch=1024, warmup_steps=20, log_every=10)
+            # an image has one CLS token, so that such rows see more images and fewer tokens a step
+            return {"train": train, "cls_train": replace(train, images=self.cls_images, token_batch=64)}
+        # as many tokens in a step as the released code's batch has images
+        few = {"images": self.cls_images} if self.cls_images else {"token_batch": 128}
+        return {"train": train, "cls_train": replace(train, **few)}
+
+
+def _few(images: ImageSet, n: int, seed: int) -> ImageSet:
+    return images.sample(n, seed) if n < len(images) else images
 
 
 class Row(NamedTuple):
@@ -323,7 +334,7 @@ def _run(design: Design, sweep: Sweep, train: ImageSet, test: ImageSet, root: st
     def make() -> None:
         row = _measured(design, sweep, train, test, root)
         write_json(stage.path / RESULT, row._asdict())
-        stage.finish(seed=sweep.seed)
+        stage.finish(RESULT, seed=sweep.seed)
 
     stage.once(make)
 

@@ -103,7 +103,9 @@ def written(found: Interval | float | None) -> str:
     if found is None:
         return ""
     value, *ends = found if isinstance(found, Interval) else (found,)
-    return f"{value:.3g}" + (f" [{ends[0]:.3g}, {ends[1]:.3g}]" if ends else "")
+    # adding 0 takes the minus from a zero
+    value, *ends = (f"{float(f'{part:.3g}') + 0.0:.3g}".replace("-", "−") for part in (value, *ends))
+    return value + (f" [{ends[0]}, {ends[1]}]" if ends else "")
 
 
 def sentence(measured: Mapping[str, Learned]) -> str:

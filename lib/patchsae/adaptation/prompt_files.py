@@ -86,7 +86,7 @@ def read_card(folder: str | Path) -> PromptCard:
     """Read prompts.json. Raises PatchSAEError if it is missing or damaged."""
     path = Path(folder) / CARD
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
+        card = json.loads(path.read_text(encoding="utf-8-sig"))
         config = PromptConfig(**{field.name: card[field.name] for field in fields(PromptConfig)})
         return PromptCard(
             config, tuple(card["classnames"]), card["seed"], str(card["source"]), str(card["backbone"])
@@ -142,7 +142,7 @@ def find_prompts(
     looked = " nor ".join([str(own / CARD), *map(str, places[::2])])
     raise MissingPrompts(
         f"there are no prompts of {method} for '{dataset}' with seed {seed}, no {looked}; learn them "
-        f"(`python -m patchbook.train_prompts --help`; `make prompts` for those of the book)"
+        f"(`patchsae prompts --help`; `make prompts` for those of the book)"
         + (", or put MaPLe's published file there." if places else ".")
     )
 

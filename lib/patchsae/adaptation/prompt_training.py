@@ -6,7 +6,6 @@ same bits. Everything random is a function of the seed and the step, so a checkp
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import asdict, dataclass, fields
@@ -17,11 +16,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from patchsae.adaptation.prompt_files import load_prompts, save_prompts
+from patchsae.adaptation.prompt_files import CARD, WEIGHTS, load_prompts, save_prompts
 from patchsae.adaptation.prompt_text import PackedTexts
 from patchsae.adaptation.prompts import AdaptedBackbone, PromptConfig, adapt
 from patchsae.clip.backbone import Backbone, zero_shot_logits
@@ -31,8 +28,9 @@ from patchsae.images.sets import ImageSet
 from patchsae.runs.cadence import Cadence
 from patchsae.runs.errors import PatchSAEError, choose
 from patchsae.runs.progress import progress_bar
-from patchsae.runs.stage import Stage, digest, write_atomic
-from patchsae.training.trainer import open_checkpoint, read_metrics, write_metrics
+from patchsae.runs.stage import Stage, digest
+from patchsae.runs.tensors import save_tensors
+from patchsae.training.trainer import METRICS, open_checkpoint, read_metrics, remove, write_metrics
 
 VERSION = 1  # raised when the same inputs give other prompts
 CHECKPOINT = "checkpoint.safetensors"
@@ -161,8 +159,7 @@ def train_prompts(
     start = adapt(backbone, config.prompts, config.seed)
     stage = Stage.open(root, "prompts", inputs, version=VERSION)
     stage.once(lambda: _Run(start, images, config, stage, progress).go())
-    # after the manifest: a kill between the two must not start over
-    (stage.path / CHECKPOINT).unlink(missing_ok=True)
+    remove(stage.path / CHECKPOINT)
     return TrainedPrompts(load_prompts(stage.path, backbone), read_metrics(stage.path), stage.path)
 
 
@@ -203,7 +200,13 @@ class _Run:
         )
         write_metrics(self.stage.path, self.metrics)
         self.stage.finish(
-            seed=config.seed, images=len(self.images), steps=self.step, training_seconds=self.seconds
+            WEIGHTS,
+            CARD,
+            METRICS,
+            seed=config.seed,
+            images=len(self.images),
+            steps=self.step,
+            training_seconds=self.seconds,
         )
 
     def _learn(self) -> None:
@@ -291,10 +294,9 @@ class _Run:
         tensors = {f"prompts.{name}": value for name, value in self.parameters.items()}
         for name, value in self.parameters.items() if self.config.momentum else ():
             tensors[f"momentum.{name}"] = self.optimizer.state[value]["momentum_buffer"]
-        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         run = {key: getattr(self, key) for key in ("step", "loss", "right", "metrics", "seconds")}
         run["inputs"] = digest(self.stage.inputs)
-        write_atomic(self.checkpoint, lambda path: save_file(tensors, path, {"run": json.dumps(run)}))
+        save_tensors(self.checkpoint, tensors, run)
 
     @torch.no_grad()
     def _restore(self) -> None:
@@ -307,7 +309,7 @@ class _Run:
                     self.optimizer.state[value]["momentum_buffer"] = momentum
             self.step, self.loss, self.right = run["step"], run["loss"], run["right"]
             self.metrics, self.seconds = run["metrics"], run["seconds"]
-        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise PatchSAEError(
                 f"'{self.checkpoint}' is no checkpoint of this run ({reason}); delete it to start over."

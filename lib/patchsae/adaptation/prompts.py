@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchsae.adaptation.prompt_text import PackedTexts, TextTower
-from patchsae.clip.backbone import Backbone, OpenClipTower, zero_shot_weights
+from patchsae.clip.backbone import Backbone, zero_shot_weights
+from patchsae.clip.towers import OpenClipTower
 from patchsae.runs.errors import PatchSAEError, choose
 
 SPREAD = 0.02  # standard deviation of prompts that start at random

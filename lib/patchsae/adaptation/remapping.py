@@ -19,7 +19,7 @@ from torch import Tensor
 from patchsae.clip.backbone import Backbone, zero_shot_logits
 from patchsae.clip.tail import Tail
 from patchsae.images.sets import ImageSet
-from patchsae.masking.sweep import check_whole, chunks, read_chunk
+from patchsae.masking.sweep import check_whole, chunks, read_chunk, write_chunk
 from patchsae.masking.through import label_rank, text_digest
 from patchsae.runs.checks import check_counts
 from patchsae.runs.errors import PatchSAEError
@@ -217,7 +217,7 @@ def _mix(
     for path, indices in bar:
         if not path.exists():
             ranks = _mixed_ranks(sae, models, images, indices, texts, batch_size)
-            write_atomic(path, lambda temporary, ranks=ranks: save_file({"rank": ranks}, temporary))
+            write_chunk(path, {"rank": ranks})
         yield path
 
 

@@ -7,8 +7,7 @@ Both halves call the model's own modules in the model's own order, so `finish(re
 change an answer. Blocks count from 1 as in the paper ("block 11 of 12", App. A); block 0 is the
 input of the first block.
 
-What differs between image towers is in a tower class: open_clip's own VisionTransformer (CLS and
-patches), and timm's as SigLIP uses it (patches only, attention-pooling head). A prompt-adapted CLIP
+What differs between image towers is in a tower class (`towers`). A prompt-adapted CLIP
 (facts.md §1.1) is another tower: it appends its prompts in `embed`, replaces them in `run`, and
 says so in `token_kind`.
 """
@@ -17,7 +16,8 @@ import copy
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -28,81 +28,15 @@ from patchsae.runs import compat  # noqa: F401  (must come before open_clip and 
 
 # isort: split
 import open_clip
-from open_clip.timm_model import TimmModel
-from open_clip.transformer import VisionTransformer
-from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 
 from patchsae.clip.files import find_clip
+from patchsae.clip.towers import tower_of
 from patchsae.images.files import Frame, as_frame
 from patchsae.runs.checks import check_counts, check_finite
 from patchsae.runs.errors import PatchSAEError, brief
 from patchsae.runs.progress import progress_bar
 
-
-class OpenClipTower:
-    """Open open_clip's own VisionTransformer between its blocks."""
-
-    def __init__(self, visual: VisionTransformer):
-        self.visual = visual
-        self.blocks = list(visual.transformer.resblocks)
-        self.batch_first = visual.transformer.batch_first
-        self.d_model = visual.transformer.width
-        self.image_size, self.grid = tuple(visual.image_size), tuple(visual.grid_size)
-        self.token_kind = np.array(["cls"] + ["patch"] * (self.grid[0] * self.grid[1]))
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Turn images [B, 3, H, W] into the tokens [B, T, d] that enter the first block."""
-        return self.visual._embeds(images)
-
-    def run(self, tokens: Tensor, start: int, stop: int) -> Tensor:
-        """Send tokens [B, T, d] through blocks start+1 … stop."""
-        if not self.batch_first:  # the layout decides the kernels, and the kernels the last bit
-            tokens = tokens.transpose(0, 1).contiguous()
-        for block in self.blocks[start:stop]:
-            tokens = block(tokens)
-        return tokens if self.batch_first else tokens.transpose(0, 1)
-
-    def enter(self, tokens: Tensor, block: int) -> Tensor:
-        """Return tokens [B, T, d] as block number `block` + 1 gets them."""
-        return tokens
-
-    def pool(self, tokens: Tensor) -> Tensor:
-        """Turn the tokens [B, T, d] after the last block into embeddings [B, e]."""
-        pooled, _ = self.visual._pool(tokens)
-        return pooled if self.visual.proj is None else pooled @ self.visual.proj
-
-
-class TimmTower(OpenClipTower):
-    """Open a timm VisionTransformer (SigLIP and relatives) between its blocks."""
-
-    def __init__(self, visual: TimmModel):
-        self.visual, self.trunk = visual, visual.trunk
-        self.blocks, self.batch_first = list(self.trunk.blocks), True
-        self.d_model, patches = self.trunk.embed_dim, self.trunk.patch_embed
-        self.image_size, self.grid = tuple(visual.image_size), tuple(patches.grid_size)
-        kinds = ["cls"] * (self.trunk.cls_token is not None)
-        kinds += ["register"] * (self.trunk.num_prefix_tokens - len(kinds))  # no known CLIP has any
-        self.token_kind = np.array(kinds + ["patch"] * (self.grid[0] * self.grid[1]))
-
-    def embed(self, images: Tensor) -> Tensor:
-        trunk = self.trunk
-        return trunk.norm_pre(trunk.patch_drop(trunk._pos_embed(trunk.patch_embed(images))))
-
-    def pool(self, tokens: Tensor) -> Tensor:
-        return self.visual.head(self.trunk.forward_head(self.trunk.norm(tokens)))
-
-
-def _tower_of(model: nn.Module, name: str) -> OpenClipTower:
-    if isinstance(model.visual, VisionTransformer):
-        return OpenClipTower(model.visual)
-    kind, known = type(getattr(model.visual, "trunk", model.visual)), TimmVisionTransformer
-    # Relatives that override the forward pass do not run these modules in this order.
-    if issubclass(kind, known) and kind.forward_features is known.forward_features:
-        return TimmTower(model.visual)
-    raise PatchSAEError(
-        f"The image tower of {name} is a {kind.__name__}, which has no stream of tokens to cut: "
-        "choose a vision transformer, such as ViT-B-16-quickgelu or ViT-B-16-SigLIP."
-    )
+CACHE = 800_000  # bytes of tokens per thread; a block's hidden layer is four times that
 
 
 class Backbone(nn.Module):
@@ -119,7 +53,7 @@ class Backbone(nn.Module):
     def __init__(self, model, block, *, name="clip", tokenizer=None, config=None, tower=None):
         super().__init__()
         self.model, self.name = model.requires_grad_(False), name
-        self.tower = tower or _tower_of(model, name)
+        self.tower = tower or tower_of(model, name)
         height, width = self.tower.image_size
         if height != width:
             raise PatchSAEError(f"{name} takes {height}×{width} images: choose a square model.")
@@ -133,7 +67,8 @@ class Backbone(nn.Module):
 
         images: [B, 3, H, W], float, normalised by `normalize`. Raises PatchSAEError for others.
         """
-        return self.tower.run(self._embed(images), 0, self.block)
+        self._checked_images(images)
+        return self.in_parts(lambda part: self.tower.run(self._embed(part), 0, self.block), images)
 
     def finish(self, tokens: Tensor) -> Tensor:
         """Return the embeddings [B, e] that the rest of the tower makes of tokens [B, T, d].
@@ -147,7 +82,9 @@ class Backbone(nn.Module):
                 f"[B, {self.n_tokens}, {self.d_model}]: pass every token that `residual` returned."
             )
         tokens = tokens.to(self.device, self.dtype)
-        return self.tower.pool(self.tower.run(tokens, self.block, self.n_blocks))
+        return self.tower.pool(
+            self.in_parts(lambda part: self.tower.run(part, self.block, self.n_blocks), tokens)
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Return embeddings [B, e] of normalised images [B, 3, H, W]: finish ∘ residual."""
@@ -155,11 +92,29 @@ class Backbone(nn.Module):
 
     def residuals(self, images: Tensor, blocks: Iterable[int]) -> dict[int, Tensor]:
         """Return {block: tokens [B, T, d]} for several blocks in one pass."""
-        tokens, done, found = self._embed(images), 0, {}
-        for block in sorted({self._checked(block) for block in blocks}):
-            tokens, done = self.tower.run(tokens, done, block), block
-            found[block] = tokens
-        return found
+        self._checked_images(images)
+        wanted = sorted({self._checked(block) for block in blocks})
+
+        def streams(part: Tensor) -> Tensor:
+            tokens, done, found = self._embed(part), 0, []
+            for block in wanted:
+                tokens, done = self.tower.run(tokens, done, block), block
+                found.append(tokens)
+            return torch.stack(found, 1)
+
+        return dict(zip(wanted, self.in_parts(streams, images).unbind(1), strict=True))
+
+    def in_parts(self, run: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+        """Return `run` of a batch, on a processor a few images at a time.
+
+        The tokens of a large batch leave the processor's cache at every step of a block: 64 images at a
+        time take 1.5 times as long as 8, with the same bits (`benchmarks/`).
+        """
+        if self.device.type != "cpu" or torch.is_grad_enabled() or not len(batch):
+            return run(batch)
+        size = self.n_tokens * self.d_model * self.dtype.itemsize
+        few = max(1, CACHE * torch.get_num_threads() // size)
+        return torch.cat([run(part) for part in batch.split(few)]) if len(batch) > few else run(batch)
 
     def at_block(self, block: int) -> "Backbone":
         """Return a backbone that shares these weights but is cut after another block."""
@@ -177,7 +132,9 @@ class Backbone(nn.Module):
 
     n_blocks = property(lambda self: len(self.tower.blocks))
     d_model = property(lambda self: self.tower.d_model)
-    token_kind = property(lambda self: self.tower.token_kind, doc="[T]: 'cls', 'patch', 'prompt'.")
+    token_kind = property(
+        lambda self: self.tower.token_kind, doc="[T]: 'cls', 'register', 'patch', 'prompt'."
+    )
     n_tokens = property(lambda self: len(self.token_kind))
     grid = property(lambda self: self.tower.grid, doc="(rows, columns) of patches.")
     image_size = property(lambda self: self.tower.image_size[0], doc="Side in pixels.")
@@ -186,7 +143,15 @@ class Backbone(nn.Module):
     std = property(lambda self: self._pixels("image_std", open_clip.OPENAI_DATASET_STD))
     device = property(lambda self: next(self.model.visual.parameters()).device)
     dtype = property(lambda self: next(self.model.visual.parameters()).dtype)
-    logit_scale = property(lambda self: self.model.logit_scale.float().exp().item())
+    has_text = property(
+        lambda self: self.model.logit_scale is not None, doc="Whether it can be asked about words."
+    )
+
+    @property
+    def logit_scale(self) -> float:
+        """Return what cosines are multiplied by; PatchSAEError for a model without text."""
+        self._need_text()
+        return self.model.logit_scale.float().exp().item()
 
     @property
     def logit_bias(self) -> float:
@@ -219,6 +184,7 @@ class Backbone(nn.Module):
 
     def tokenize(self, texts: str | Sequence[str]) -> Tensor:
         """Return token ids [N, context] of texts, truncated to the model's context length."""
+        self._need_text()
         if "tokenizer" not in self._shared:
             if self._make_tokenizer is None:
                 raise PatchSAEError(f"{self.name} has no tokenizer: pass tokenizer=… to Backbone.")
@@ -227,6 +193,7 @@ class Backbone(nn.Module):
 
     def encode_text(self, texts: str | Sequence[str] | Tensor, normalize: bool = True) -> Tensor:
         """Return embeddings [N, e] of texts, or of token ids [N, context]."""
+        self._need_text()
         tokens = texts if isinstance(texts, Tensor) else self.tokenize(texts)
         return self.model.encode_text(tokens.to(self.device), normalize=normalize)
 
@@ -239,9 +206,12 @@ class Backbone(nn.Module):
         return f"Backbone({cut}: {self.n_tokens} tokens × {self.d_model}, {self.dtype})"
 
     def _embed(self, images: Tensor) -> Tensor:
+        return self.tower.embed(images.to(self.device, self.dtype))
+
+    def _checked_images(self, images: Tensor) -> None:
         if not images.is_floating_point():
             raise PatchSAEError(f"images are {images.dtype}: pass them through `normalize` first.")
-        return self.tower.embed(self._checked_size(images).to(self.device, self.dtype))
+        self._checked_size(images)
 
     def _checked_size(self, images: Tensor) -> Tensor:
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, *self.tower.image_size):
@@ -251,11 +221,21 @@ class Backbone(nn.Module):
             )
         return images
 
+    def _need_text(self) -> None:
+        if not self.has_text:
+            raise PatchSAEError(
+                f"{self.name} has no text, so it cannot be asked for classes: choose a CLIP or SigLIP of "
+                "open_clip, or leave zero-shot answers out."
+            )
+
     def _frame(self) -> Frame:
         known = getattr(self.model.visual, "preprocess_cfg", None) or {}
-        # open_clip's own rule: whatever is not bilinear is bicubic
-        interpolation = "bilinear" if known.get("interpolation") == "bilinear" else "bicubic"
         resize, fill = known.get("resize_mode") or "shortest", known.get("fill_color") or 0
+        interpolation = known.get("interpolation")
+        if "kept" in known:  # timm's own names
+            return as_frame(Frame(self.image_size, resize, interpolation, fill, known["kept"]))
+        # open_clip's own rule: whatever is not bilinear is bicubic
+        interpolation = "bilinear" if interpolation == "bilinear" else "bicubic"
         return as_frame(Frame(self.image_size, resize, interpolation, fill))
 
     def _pixels(self, statistic: str, default: Sequence[float]) -> tuple[float, ...]:
@@ -273,17 +253,26 @@ class Backbone(nn.Module):
 
 
 def load_backbone(name, pretrained=None, *, block, device="cpu", dtype=torch.float32) -> Backbone:
-    """Load a CLIP and cut it after `block`.
+    """Load a CLIP, or another vision transformer, and cut it after `block`.
 
-    name: an open_clip model name (`ViT-B-16-quickgelu`), or a folder laid out as on the Hugging
-        Face hub: open_clip_config.json, open_clip_model.safetensors and, where the vocabulary is
-        a shortened one, bpe_simple_vocab.txt.gz.
-    pretrained: for a model name, an open_clip tag (`openai`, fetched by open_clip), a file
+    Parameters
+    ----------
+    name : an open_clip model name (`ViT-B-16-quickgelu`); `timm:` and a model name of timm
+        (`timm:vit_small_patch14_dinov2.lvd142m`), which has no text; a folder laid out as either
+        keeps one on the Hugging Face hub (open_clip_config.json and open_clip_model.safetensors,
+        with bpe_simple_vocab.txt.gz where the vocabulary is a shortened one; or config.json and
+        model.safetensors); `hf:organisation/name`, which is fetched once; or `patchsae:small_clip`,
+        the small CLIP of this project, on drawings only.
+    pretrained : for a model name, a tag (`openai`, fetched by open_clip), a file
         (safetensors, state dict, OpenAI's TorchScript archive ViT-B-16.pt), or None for random
         weights, which follow torch.manual_seed. Nothing is unpickled that could run code.
-    dtype: what the weights are converted to, whatever they are stored in.
-    Raises PatchSAEError for an unknown name or tag, a missing, damaged or misfitting file, a block
-    out of range, and weights that the model would run with the wrong GELU (facts.md §3).
+    block : counted from 1; 0 is the input of the first
+    dtype : what the weights are converted to, whatever they are stored in
+
+    Raises
+    ------
+    PatchSAEError : an unknown name or tag; a missing, damaged or misfitting file; a block out of range;
+        weights that the model would run with the wrong GELU (facts.md §3).
     """
     dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
@@ -295,7 +284,7 @@ def load_backbone(name, pretrained=None, *, block, device="cpu", dtype=torch.flo
         raise PatchSAEError(f"{reason}: use 'cpu'.") from None
     source = find_clip(name, pretrained)
     model, config = source.build()
-    tokenizer = functools.partial(source.tokenizer, getattr(model, "vocab_size", None))
+    tokenizer = source.tokenizer and functools.partial(source.tokenizer, getattr(model, "vocab_size", None))
     backbone = Backbone(model, block, name=source.name, tokenizer=tokenizer, config=config)
     source.load(model, config)  # last, so that a wrong block is refused before any download
     scales = [p for p in (model.logit_scale, model.logit_bias) if p is not None]
@@ -319,10 +308,17 @@ def zero_shot_weights(
 
     Each prompt's embedding is normalised first. Equal class names stay separate rows. Underscores in names
     become spaces.
-    templates: strings with `{}` where the class name goes. batch_size: prompts per forward pass.
-    renormalize: normalise the mean again, as open_clip does; False is the released patchsae code,
-        where classes with dispersed prompts get shorter vectors (facts.md §3).
-    Raises PatchSAEError for an empty list and for a template without `{}`.
+
+    Parameters
+    ----------
+    templates : strings with `{}` where the class name goes
+    renormalize : normalise the mean again, as open_clip does; False is the released patchsae code,
+        where classes with dispersed prompts get shorter vectors (facts.md §3)
+    batch_size : prompts per forward pass
+
+    Raises
+    ------
+    PatchSAEError : an empty list; a template without `{}`.
     """
     templates = [templates] if isinstance(templates, str) else list(templates)
     check_counts(batch_size=batch_size)
@@ -344,7 +340,24 @@ def zero_shot_weights(
             unit = F.normalize(backbone.encode_text(prompts, normalize=False).float(), dim=-1)
             rows.append(unit.unflatten(0, (len(names), len(templates))).mean(1))
     weights = torch.cat(rows)
+    _warn_of_twins(F.normalize(weights, dim=-1), classnames)
     return F.normalize(weights, dim=-1) if renormalize else weights
+
+
+def _warn_of_twins(weights: Tensor, classnames: Sequence[str]) -> None:
+    """Warn of different class names with one vector: what is beyond the model's context is not read."""
+    plain = [" ".join(name.replace("_", " ").casefold().split()) for name in classnames]
+    # a block of rows at a time: 20,000 classes are 1.6 GB of cosines
+    for start in range(0, len(plain), 1024):
+        near = (weights[start : start + 1024] @ weights.T > 1 - 1e-6).nonzero().tolist()
+        for i, j in near:
+            if start + i < j and plain[start + i] != plain[j]:
+                warnings.warn(
+                    f"class names '{classnames[start + i]:.80}' and '{classnames[j]:.80}' are one to the "
+                    "model, which reads no more words than its context has: shorten what they share.",
+                    stacklevel=3,
+                )
+                return
 
 
 def zero_shot_logits(

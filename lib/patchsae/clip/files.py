@@ -7,14 +7,10 @@ that could run code.
 import difflib
 import logging
 import warnings
-import zipfile
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from patchsae.runs import compat  # noqa: F401  (must come before open_clip)
 
@@ -24,10 +20,12 @@ from open_clip import pretrained as published
 from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict
 
+from patchsae.clip.timm_models import PREFIX, TimmSource, find_timm, is_timm, open_timm
+from patchsae.clip.weights import read_weights
+from patchsae.runs.artefacts import artefact_of
 from patchsae.runs.checks import check_weights
 from patchsae.runs.errors import PatchSAEError, brief
 from patchsae.runs.hub import fetch, hub_name
-from patchsae.runs.restricted_pickle import plain_names, read_pickle
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 VOCABULARY = "bpe_simple_vocab.txt.gz"  # optional third file of a model folder: a shortened one
@@ -85,7 +83,7 @@ class ClipSource:
                 stacklevel=3,
             )
             return
-        state = _read_weights(path)
+        state = read_weights(path)
         numbers = [state.pop(k, None) for k in ("input_resolution", "context_length", "vocab_size")]
         if all(number is not None for number in numbers):  # only OpenAI's archives carry these
             self._check_activation(config, True, str(path))
@@ -130,6 +128,11 @@ class ClipSource:
         return tokenizer
 
     @property
+    def has_weights(self) -> bool:
+        """Tell whether there are weights, rather than random ones."""
+        return bool(self.tag or self.weights)
+
+    @property
     def in_folder(self) -> bool:
         """Tell whether the model is a folder rather than an open_clip name."""
         return self.identifier.startswith("local-dir:")
@@ -153,11 +156,16 @@ class ClipSource:
             )
 
 
-def find_clip(name, pretrained=None) -> ClipSource:
+def find_clip(name, pretrained=None) -> ClipSource | TimmSource:
     """Find the model that `name` and `pretrained` mean (as in `load_backbone`), or refuse."""
     name = str(name)
+    if name.startswith(PREFIX):
+        return find_timm(name, pretrained)
+    if shipped := artefact_of(name):
+        return find_clip(shipped, pretrained)
     if hub := hub_name(name):
-        folder = fetch(hub, ("open_clip_config.json", WEIGHTS, "*.json", "*.txt", "*.model"))
+        own = "model.safetensors" if hub.startswith("timm/") else WEIGHTS  # some repositories have both
+        folder = fetch(hub, ("open_clip_config.json", own, "*.json", "*.txt", "*.model"))
         return replace(find_clip(folder, pretrained), name=hub)
     folder = Path(name.removeprefix("local-dir:"))
     models = {model.lower(): model for model in open_clip.list_models()}
@@ -167,21 +175,31 @@ def find_clip(name, pretrained=None) -> ClipSource:
         if pretrained is not None:
             raise PatchSAEError(f"{folder} has its own weights: drop pretrained={pretrained!r}.")
         if not weights.is_file():
-            raise PatchSAEError(f"{folder} has no {WEIGHTS}: run `make clip`, or copy it there.")
+            raise PatchSAEError(f"{folder} has no {WEIGHTS}: {_remedy(folder)}.")
         vocabulary = vocabulary if vocabulary.is_file() else None
         label, identifier = folder.resolve().name, f"local-dir:{folder}"
         return ClipSource(label, identifier, weights=weights, vocabulary=vocabulary)
+    if is_timm(folder):
+        if pretrained is not None:
+            raise PatchSAEError(f"{folder} has its own weights: drop pretrained={pretrained!r}.")
+        return open_timm(folder)
     if wanted in models.values():
         tag, weights = _tag_or_file(wanted, pretrained)
         return ClipSource(wanted, wanted, tag, weights)
     if folder.is_dir():
-        raise PatchSAEError(f"{folder} has no {CONFIG}: run `make clip`, or copy a model there.")
+        raise PatchSAEError(f"{folder} has no {CONFIG}: {_remedy(folder)}.")
     if "/" in name or "\\" in name:
         missing = folder.absolute()
-        raise PatchSAEError(f"There is no folder {missing}: correct it, or run `make clip`.")
+        hub = f", or write hf:{name} for a model of the Hugging Face hub" if name.count("/") == 1 else ""
+        raise PatchSAEError(f"There is no folder {missing}: {_remedy(folder)}{hub}.")
     close = difflib.get_close_matches(wanted.lower(), models, n=3, cutoff=0.5)
     hint = " or ".join(models[key] for key in close) or "a name from open_clip.list_models()"
     raise PatchSAEError(f"{name!r} is neither an open_clip model nor a folder: is it {hint}?")
+
+
+def _remedy(folder: Path) -> str:
+    # of the book's own model alone
+    return "run `make clip`" if folder.name == "small_clip" else "correct the path, or copy a model there"
 
 
 def _tag_or_file(model: str, pretrained) -> tuple[str | None, Path | None]:
@@ -204,33 +222,3 @@ def _published_preprocess(model: str, tag: str | None) -> dict:
     configs = [published.get_pretrained_cfg(model, t) for t in tags]
     keys = ("mean", "std", "interpolation", "resize_mode") if configs else ()
     return {key: configs[0].get(key) for key in keys if len({c.get(key) for c in configs}) == 1}
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
-                if any(entry.endswith("/constants.pkl") for entry in archive.namelist()):
-                    # TorchScript, which torch.load(weights_only) refuses
-                    warnings.simplefilter("ignore")
-                    return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
-        state = load_file(path) if path.suffix == ".safetensors" else _state_dict(read_pickle(path))
-        return plain_names({key: value for key, value in state.items() if isinstance(value, Tensor)})
-    except Exception as error:  # each format has its own errors for a damaged or foreign file
-        why = brief(error)
-        if isinstance(error, PatchSAEError):
-            why = str(error).removeprefix(f"{path} ").partition(":")[0]
-        raise PatchSAEError(
-            f"{path} holds no weights that can be read safely ({why}): give "
-            "safetensors, a plain state dict or OpenAI's TorchScript archive."
-        ) from error
-
-
-def _state_dict(content: object) -> Mapping[str, object]:
-    """Find the weights in what a training saved, which has them under one of these names or bare."""
-    for name in ("state_dict", "model_state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
-            return content[name]
-    if not isinstance(content, Mapping):
-        raise PatchSAEError(f"it holds a {type(content).__name__}, no named weights")
-    return content

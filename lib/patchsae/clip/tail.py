@@ -16,7 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from patchsae.clip.backbone import Backbone, OpenClipTower
+from patchsae.clip.backbone import Backbone
+from patchsae.clip.towers import OpenClipTower
 
 # isort: split
 from open_clip.transformer import ResidualAttentionBlock
@@ -37,7 +38,10 @@ class Tail:
         if not self.short:
             return self.backbone.finish(tokens)
         last = self.backbone.n_blocks - 1
-        tokens = self.tower.enter(self.tower.run(tokens, self.backbone.block, last), last)
+        if self.backbone.block < last:
+            blocks = self.backbone.block, last
+            tokens = self.backbone.in_parts(lambda part: self.tower.run(part, *blocks), tokens)
+        tokens = self.tower.enter(tokens, last)
         cls = _cls_after(self.tower.blocks[last], tokens)[:, None]
         return OpenClipTower.pool(self.tower, cls)  # a tower with prompts would look for them here
 

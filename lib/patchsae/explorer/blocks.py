@@ -12,6 +12,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -139,7 +140,7 @@ def write_blocks(
             "notices": [notice for notice in notices if notice],
         }
         write_json(stage.path / INDEX, index)
-        stage.finish("*.js", bytes=sum(path.stat().st_size for path in stage.path.glob("*.js")))
+        stage.finish("*.js", INDEX, bytes=sum(path.stat().st_size for path in stage.path.glob("*.js")))
 
     return stage.once(make)
 
@@ -192,6 +193,27 @@ def data_uri(picture: Image.Image, quality: int) -> str:
     return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
+def check_block(path: Path) -> Any:
+    """Return what a block holds.
+
+    A page runs blocks as scripts, and `results/` may be somebody else's, so whatever does more than hand
+    over data is refused.
+
+    Raises
+    ------
+    OSError, ValueError : it is missing; it is no call of `receive` alone, with its own folder and name and
+        JSON.
+    """
+    text, (head, tail) = path.read_text(encoding="utf-8"), _call(path.parent.name, path.stem)
+    if not (text.startswith(head) and text.endswith(tail)):
+        raise ValueError("it does more than hand over data")
+    return json.loads(text[len(head) : -len(tail)])
+
+
+def _call(folder: str, name: str) -> tuple[str, str]:
+    return f'patchsaeExplorer.receive("{folder}","{name}",', ");\n"
+
+
 def read_block(folder: str | Path, name: str) -> Any:
     """Read a block back, as the live explorer does.
 
@@ -201,9 +223,7 @@ def read_block(folder: str | Path, name: str) -> Any:
     try:
         if not re.fullmatch(r"[a-z]+(-\d+){0,2}", name):
             raise ValueError("no name of a block")
-        text = path.read_text(encoding="utf-8")
-        start = text.index(",", text.index(",") + 1) + 1
-        return json.loads(text[start : text.rindex(")")])
+        return check_block(path)
     except (OSError, ValueError) as error:
         raise PatchSAEError(
             f"{path} cannot be read ({error}): delete its folder and run the notebook again."
@@ -229,10 +249,11 @@ def read_index(folder: str | Path) -> dict[str, Any]:
 
 def _write(folder: Path, name: str, make: Callable[[], Any]) -> None:
     path = folder / f"{name}.js"
-    if path.is_file():
+    with suppress(OSError, ValueError):  # what a killed run left, or somebody put there, is made anew
+        check_block(path)
         return
     content = json.dumps(make(), separators=(",", ":"))
-    text = f'patchsaeExplorer.receive("{folder.name}","{name}",{content});\n'
+    text = content.join(_call(folder.name, name))
     if len(text) > LIMIT:
         raise PatchSAEError(
             f"block '{name}' of the explorer takes {len(text):,} bytes, more than {LIMIT:,}: lower "

@@ -183,6 +183,7 @@ class Explorer(anywidget.AnyWidget):
         if not files:
             raise PatchSAEError(f"{self.folder} holds no blocks any more: make them again, then save.")
         for file in files:
+            read_block(self.folder, file.stem)  # the page runs it, and `results/` may be anybody's
             target = beside / name / file.name
             if not target.is_file() or target.read_bytes() != file.read_bytes():
                 write_atomic(target, partial(shutil.copyfile, file))

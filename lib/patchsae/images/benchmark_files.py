@@ -132,7 +132,7 @@ def read_wnid_names(path: Path, remedy: str) -> dict[str, str]:
 def read_lines(path: Path, remedy: str) -> list[str]:
     """Read the lines of a text file that are not blank; raises PatchSAEError if there are none."""
     try:
-        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
     except FileNotFoundError:
         raise PatchSAEError(f"'{path}' is missing; {remedy}.") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -181,7 +181,7 @@ def _listing(folder: Path) -> frozenset[str]:
 
 def _read_json(path: Path, remedy: str) -> object:
     try:
-        return json.loads(path.read_text("utf-8"))
+        return json.loads(path.read_text("utf-8-sig"))
     except FileNotFoundError:
         raise PatchSAEError(f"'{path}' is missing; {remedy}.") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -3,14 +3,12 @@
 The folders are laid out as CoOp and MaPLe ask (facts.md §2): `DATA/<name>/` with the images and CoOp's
 split file. No split is ever made up here: numbers can be compared only if the split is the published one.
 
-    python -m patchsae.images.benchmark_sets --data DATA --check      # what is there, where to get the rest
-    python -m patchsae.images.benchmark_sets --data DATA --download dtd
+    patchsae data --data DATA --check      # what is there, where to get the rest
+    patchsae data --data DATA --download dtd
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -232,51 +230,28 @@ def describe(name: str, data_root: str | Path) -> tuple[bool, str]:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Download or check data sets as the arguments say, print what is there, return the exit code."""
-    options = _parser().parse_args(arguments)
-    names = [*(options.download or ()), *(options.check or ())] or list(BENCHMARKS)
-    try:
-        if unknown := [name for name in names if name not in RECIPES]:
-            raise PatchSAEError(f"data set '{unknown[0]}' is unknown; choose one of {', '.join(RECIPES)}.")
-        if not options.data.is_dir() and not options.download:
-            raise PatchSAEError(
-                f"--data: the folder '{options.data}' does not exist; make it, or give another."
-            )
-        for name in options.download or ():
-            from patchsae.images.benchmark_download import download
+def check_sets(data: Path, check: Sequence[str] = (), download: Sequence[str] = ()) -> int:
+    """Fetch and check data sets, print a line on each, and return whether something is missing.
 
-            download(name, options.data / name, RECIPES[name].remedy)
-    except PatchSAEError as error:
-        print(error, file=sys.stderr)
-        return 2
+    Raises
+    ------
+    PatchSAEError : an unknown name; no such folder; a download failed.
+    """
+    names = [*download, *check] or list(BENCHMARKS)
+    if unknown := [name for name in names if name not in RECIPES]:
+        raise PatchSAEError(f"data set '{unknown[0]}' is unknown; choose one of {', '.join(RECIPES)}.")
+    if not data.is_dir() and not download:
+        raise PatchSAEError(f"--data: the folder '{data}' does not exist; make it, or give another.")
+    for name in download:
+        from patchsae.images.benchmark_download import download as fetch
+
+        fetch(name, data / name, RECIPES[name].remedy)
     all_whole = True
     for name in dict.fromkeys(names):
         try:
-            whole, told = describe(name, options.data)
+            whole, told = describe(name, data)
         except PatchSAEError as error:
             whole, told = False, str(error)
         all_whole &= whole
         print(f"{name:21} {'complete' if whole else 'incomplete':10}  {told}")
     return int(not all_whole)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m patchsae.images.benchmark_sets",
-        description="Tell which data sets are complete under a folder laid out as CoOp and MaPLe ask, and "
-        f"what the others lack. Known: {', '.join(RECIPES)}.",
-        epilog=f"How to lay them out: {PAGE}. Exit code: 0 all complete; 1 something is missing; 2 bad "
-        "input, or a download failed.",
-    )
-    add = parser.add_argument
-    add("--data", type=Path, required=True, help="folder that holds one folder per data set")
-    add("--check", nargs="*", metavar="NAME", help="data sets to check (default: the eleven benchmarks)")
-    add("--download", nargs="+", metavar="NAME",
-        help="fetch the images with torchvision and put them in place, then check; the split file must be "
-        "fetched by hand")  # fmt: skip
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from patchsae.images.contents import check_decodable, content_digests
 from patchsae.images.reading import SUFFIXES, read_image
 from patchsae.images.reading import VERSION as READING
 from patchsae.images.sets import Batch, ImageSet
@@ -23,7 +25,11 @@ RESIZE = {
     "longest": "resized and padded to",
     "squash": "resized, in both directions, to",
 }
-INTERPOLATION = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+INTERPOLATION = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 # what systems and archive programs put beside a person's folders; any name is compared in lower case
 NO_CLASSES = {
     *("__macosx", "__pycache__", "lost+found", "system volume information"),
@@ -39,9 +45,11 @@ class Frame(NamedTuple):
     resize: str = "shortest"
     """Which side is resized to it: 'shortest' (then cropped), 'longest' (then padded), both ('squash')."""
     interpolation: str = "bicubic"
-    """'bicubic' or 'bilinear'."""
+    """'bicubic', 'bilinear' or 'lanczos'."""
     fill: int = 0
     """Grey level of padding, 0 … 255."""
+    kept: float = 1.0
+    """Share of the resized side that is cropped to, as timm's `crop_pct`; not with padding."""
 
     @property
     def done(self) -> str:
@@ -53,7 +61,7 @@ def as_frame(frame: int | Frame) -> Frame:
 
     Raises
     ------
-    PatchSAEError : an unknown way of resizing or interpolation.
+    PatchSAEError : an unknown way of resizing or interpolation, or a share that is none.
     """
     frame = frame if isinstance(frame, Frame) else Frame(int(frame))
     for field, known in (("resize", RESIZE), ("interpolation", INTERPOLATION)):
@@ -62,6 +70,8 @@ def as_frame(frame: int | Frame) -> Frame:
                 f"{field}={getattr(frame, field)!r} of the model's preprocessing is unknown; use one of "
                 f"{', '.join(known)}."
             )
+    if not 0 < frame.kept <= 1:
+        raise PatchSAEError(f"kept={frame.kept!r} of the model's preprocessing must be above 0, up to 1.")
     return frame
 
 
@@ -140,22 +150,19 @@ class FileImages(ImageSet):
         return self.paths.name(index)
 
     def fingerprint(self) -> str:
-        # size and time of change stand for the content: ImageNet's cannot be read at every start.
-        # Kept, because asking for those of 1.28 million files takes seconds.
+        # Kept, because asking for size and time of 1.28 million files takes seconds.
         if self._fingerprint is None:
             content = hashlib.sha256(json.dumps([frame_key(self.frame), len(self), READING]).encode())
             content.update(self.labels.tobytes())
-            for index in range(len(self)):
-                name = self.paths.name(index)
-                try:
-                    found = os.stat(f"{self.root}/{name}")
-                except OSError as error:
-                    raise PatchSAEError(
-                        f"cannot read image '{self.root}/{name}' ({error.strerror}); put it back."
-                    ) from error
-                content.update(os.fsencode(f"{name}\0{found.st_size} {found.st_mtime_ns}\n"))
+            names = [self.paths.name(index) for index in range(len(self))]
+            for name, held in zip(names, content_digests(self.root, names), strict=True):
+                content.update(os.fsencode(name) + b"\0" + held)
             self._fingerprint = content.hexdigest()[:16]
         return self._fingerprint
+
+    def check_readable(self, indices: Sequence[int]) -> None:
+        names = [self.paths.name(int(index)) for index in indices]
+        check_decodable(self.root, names, self.name)
 
 
 class FolderImages(FileImages):
@@ -263,20 +270,21 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def resize_and_crop(image: Image.Image, frame: int | Frame) -> torch.Tensor:
-    """Turn an RGB image into uint8 [3, S, S] as open_clip's transform does, to the last bit.
+    """Turn an RGB image into uint8 [3, S, S] as open_clip's or timm's transform does, to the last bit.
 
     Raises
     ------
     PatchSAEError : an unknown way of resizing or interpolation.
     """
-    size, resize, interpolation, fill = as_frame(frame)
+    size, resize, interpolation, fill, kept = as_frame(frame)
     (width, height), short, long = image.size, min(image.size), max(image.size)
+    target = math.floor(size / kept)
     if resize == "squash":
-        width = height = size
+        width = height = target
     elif resize == "longest":
         width, height = (max(1, round(side / (long / size))) for side in (width, height))
     else:  # the longer side is rounded down, as torchvision's Resize does
-        width, height = (side * size // short for side in (width, height))
+        width, height = (side * target // short for side in (width, height))
     image = image.resize((width, height), INTERPOLATION[interpolation])
     if resize == "longest":
         page = Image.new("RGB", (size, size), (fill,) * 3)
@@ -289,4 +297,6 @@ def resize_and_crop(image: Image.Image, frame: int | Frame) -> torch.Tensor:
 
 def frame_key(frame: Frame) -> int | list:
     """Return what a hash of images knows of their frame: of CLIP's own the side alone."""
-    return frame.size if frame == Frame(frame.size) else list(frame)
+    if frame == Frame(frame.size):
+        return frame.size
+    return list(frame if frame.kept != 1 else frame[:-1])  # sets that were hashed before keep their names

@@ -9,6 +9,8 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from patchsae.images.sets import ImageSet
 from patchsae.runs.errors import PatchSAEError
+
+WATCH_SECONDS = 20  # between two looks at workers that send nothing
 
 
 class Source(Dataset, ABC):
@@ -60,7 +64,7 @@ def read_batches(
 
     Raises
     ------
-    PatchSAEError : a batch cannot be read, or a worker died.
+    PatchSAEError : a batch cannot be read; a worker died, or was stopped for half a minute.
     """
     options: dict[str, Any] = {}
     if workers:
@@ -68,6 +72,7 @@ def read_batches(
         options = {
             "multiprocessing_context": "spawn",
             "prefetch_factor": max(2, -(-ahead // workers)),
+            "timeout": WATCH_SECONDS,
             "worker_init_fn": partial(_leave_if_orphaned, os.getpid()),
         }
     # a generator of its own: DataLoader draws a seed for workers, else from the caller's global one
@@ -75,7 +80,16 @@ def read_batches(
     loader = DataLoader(source, batch_size=None, sampler=batches, **options)
     iterator = iter(loader)
     try:
-        for batch in iterator:
+        while True:
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "timed out" not in str(error):
+                    raise
+                _check_running(iterator._workers, source.name)  # else it is slow, and asked again
+                continue
             if isinstance(batch, str):
                 raise PatchSAEError(batch)
             yield batch
@@ -90,6 +104,19 @@ def read_batches(
         if workers:
             # a traceback that is kept (as notebooks do) would keep idle workers with it
             iterator._shutdown_workers()
+
+
+def _check_running(workers: Sequence[BaseProcess], name: str) -> None:
+    for worker in workers:
+        try:
+            state = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (OSError, IndexError):  # not Linux, or it has just ended, which torch sees
+            continue
+        if state in "Tt":
+            raise PatchSAEError(
+                f"process {worker.pid}, which reads '{name}', was stopped by a signal or a debugger: "
+                f"let it go on (kill -CONT {worker.pid}), or run again, which goes on from what is saved."
+            )
 
 
 def _leave_if_orphaned(parent: int, worker: int) -> None:

@@ -28,7 +28,9 @@ class UnreadableImage(PatchSAEError):
     """Tell that a file is missing, damaged or of another kind, rather than too large."""
 
 
-def read_image(source: Path | str | IO[bytes], name: str, upright: bool = False) -> Image.Image:
+def read_image(
+    source: Path | str | IO[bytes], name: str, upright: bool = False, small: bool = False
+) -> Image.Image:
     """Decode a file, or its content, in RGB at its own size.
 
     Grey of 16 or 32 bits is scaled to 8, where Pillow would cut off all that is brighter than 255.
@@ -36,6 +38,7 @@ def read_image(source: Path | str | IO[bytes], name: str, upright: bool = False)
     Parameters
     ----------
     name : what the picture is called in errors
+    small : whether a photo may be decoded at an eighth of its size, to see that it can be
     upright : whether a photo is turned as its EXIF data say; models were trained on ones that are not
 
     Raises
@@ -50,6 +53,8 @@ def read_image(source: Path | str | IO[bytes], name: str, upright: bool = False)
             file = Image.open(source, formats=FORMATS)
         with file:
             _check_size(file, name)
+            if small:
+                file.draft("RGB", (1, 1))
             picture = ImageOps.exif_transpose(file) if upright else file
             return _rgb(picture, name, file.format == "PPM")
     except PatchSAEError:

@@ -66,6 +66,14 @@ class ImageSet(ABC):
         """Name one image by what is the same on every machine: its relative path, or its index."""
         return int(index)
 
+    def check_readable(self, indices: Sequence[int]) -> None:  # noqa: B027  (most sets need no check)
+        """Find out, before long work depends on it, whether images can be decoded.
+
+        Raises
+        ------
+        PatchSAEError : counts and names those that cannot.
+        """
+
     def batches(
         self,
         batch_size: int,
@@ -141,6 +149,9 @@ class Subset(ImageSet):
 
     def key(self, index: int) -> str | int:
         return self.parent.key(self.indices[index])
+
+    def check_readable(self, indices: Sequence[int]) -> None:
+        self.parent.check_readable(self.indices[np.asarray(indices, dtype=np.int64)])
 
     def fingerprint(self) -> str:
         relabel = sorted((self.relabel or {}).items())

@@ -6,16 +6,14 @@ for sums. Nothing has an image, a token and a latent axis.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+import torch
 
 from patchsae.runs.errors import PatchSAEError
-from patchsae.runs.stage import write_atomic
+from patchsae.runs.tensors import load_tensors, save_tensors
 from patchsae.runs.threads import ranges, spread
 from patchsae.sae.cpu import Lists
 from patchsae.sae.cpu_kernels import kernel
@@ -113,9 +111,8 @@ class Accumulator:
 
     def save(self, path: Path, **facts: object) -> None:
         """Write everything to one safetensors file, atomically, with JSON-able facts."""
-        arrays = {name: getattr(self, name) for name in (*ADDED, *TOP, *PER_IMAGE)}
-        meta = {"facts": json.dumps(facts)}
-        write_atomic(path, lambda temporary: save_file(arrays, temporary, meta))
+        arrays = {name: torch.from_numpy(getattr(self, name)) for name in (*ADDED, *TOP, *PER_IMAGE)}
+        save_tensors(path, arrays, facts)
 
     def load(self, path: Path) -> dict[str, object]:
         """Take over what `save` wrote for an accumulator of this shape, and return the facts.
@@ -125,11 +122,10 @@ class Accumulator:
         PatchSAEError : the file is damaged or of another shape.
         """
         try:
-            with safe_open(path, framework="np") as file:
-                facts = json.loads(file.metadata()["facts"])
-                for name in (*ADDED, *TOP, *PER_IMAGE):
-                    np.copyto(getattr(self, name), file.get_tensor(name), casting="no")
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            arrays, facts = load_tensors(path)
+            for name in (*ADDED, *TOP, *PER_IMAGE):
+                np.copyto(getattr(self, name), arrays[name].numpy(), casting="no")
+        except (KeyError, TypeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise PatchSAEError(
                 f"'{path}' holds no part of this atlas ({reason}); delete it to start over."

@@ -19,6 +19,7 @@ from patchsae.latents.accumulator import EDGES, Accumulator
 from patchsae.latents.label_statistics import label_entropy, label_std, reference_entropy, reference_std
 from patchsae.runs.cadence import Cadence
 from patchsae.runs.checks import check_counts
+from patchsae.runs.disk import storing
 from patchsae.runs.errors import PatchSAEError, choose
 from patchsae.runs.progress import progress_bar
 from patchsae.runs.ranks import Ranks, join
@@ -283,7 +284,8 @@ class _Pass:
         }
         # format 2, because format 3 has no settled way to store class names
         path = self.stage.path / ATLAS
-        atlas.to_zarr(path, mode="w", consolidated=False, zarr_format=2, encoding=encoding)
+        with storing(path):
+            atlas.to_zarr(path, mode="w", consolidated=False, zarr_format=2, encoding=encoding)
         self.stage.finish(ATLAS, images=sums.images, skipped=skipped)
         for path in parts:
             path.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ reconstructions come from one reading of the active latents, and only the blocks
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import xarray as xr
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from patchsae.clip.backbone import Backbone, zero_shot_logits
@@ -25,11 +23,13 @@ from patchsae.masking.masked_tokens import SWITCHES, Mode, bucket_tables, masked
 from patchsae.masking.rankings import CLASS, PREDICTED, RANDOM, Ranking, check_atlas, rankings
 from patchsae.masking.through import label_rank, text_digest
 from patchsae.runs.checks import check_counts
+from patchsae.runs.disk import storing
 from patchsae.runs.errors import PatchSAEError, choose
 from patchsae.runs.intervals import bootstrap
 from patchsae.runs.progress import progress_bar
 from patchsae.runs.ranks import Ranks, join
-from patchsae.runs.stage import Stage, write_atomic
+from patchsae.runs.stage import Stage
+from patchsae.runs.tensors import load_tensors, save_tensors
 from patchsae.runs.threads import spread
 from patchsae.sae.cpu import Lists, by_token
 from patchsae.sae.model import SAE
@@ -237,11 +237,19 @@ def check_whole(rows: int, images: ImageSet, stage: Stage) -> None:
         )
 
 
+def write_chunk(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write the arrays of a chunk, atomically, with its own name."""
+    save_tensors(path, {name: torch.from_numpy(value) for name, value in arrays.items()}, path.name)
+
+
 def read_chunk(path: Path, of: str) -> dict[str, np.ndarray]:
     """Read the arrays of a chunk; raises PatchSAEError, which calls the whole `of`, if it is damaged."""
     try:
-        return load_file(path)
-    except SafetensorError as error:
+        arrays, name = load_tensors(path)
+        if name != path.name:
+            raise ValueError("it is another part")
+        return {name: value.numpy() for name, value in arrays.items()}
+    except ValueError as error:
         raise PatchSAEError(
             f"'{path}' holds no part of {of} ({error}); delete it and run again."
         ) from error
@@ -264,7 +272,7 @@ def _run(
                 batch = images.load(indices[first : first + batch_size])
                 parts.append(_judge(*masker.logits(batch.images, batch.labels), batch.labels))
             arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-            write_atomic(path, lambda temporary, arrays=arrays: save_file(arrays, temporary))
+            write_chunk(path, arrays)
             bar.update(len(indices) * ranks.world)
 
 
@@ -303,7 +311,8 @@ def _finish(masker: Masker, images: ImageSet, atlas: xr.Dataset, stage: Stage) -
     }
     result = xr.Dataset(data, coordinates, attrs)
     # format 2, because format 3 has no settled way to store names
-    result.to_zarr(stage.path / RESULT, mode="w", consolidated=False, zarr_format=2)
+    with storing(stage.path / RESULT):
+        result.to_zarr(stage.path / RESULT, mode="w", consolidated=False, zarr_format=2)
     stage.finish(RESULT, images=len(images))
     for path in paths:
         path.unlink()

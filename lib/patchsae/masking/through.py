@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchsae.clip.backbone import Backbone, zero_shot_logits
+from patchsae.clip.tail import Tail
 from patchsae.images.sets import ImageSet, short_hash
 from patchsae.runs.checks import check_finite
 from patchsae.runs.errors import PatchSAEError
@@ -150,10 +151,10 @@ def edited_embeddings(
     `edits` are functions of tokens [B, T, d]; None leaves the stream as it is. Returns float32
     [E, N, e] on the backbone's device, not normalised.
     """
-    rows = []
+    rows, finish = [], Tail(backbone)
     for batch in images.batches(batch_size, progress=progress):
         x = backbone.residual(backbone.normalize(batch.images))
-        rows.append(torch.stack([backbone.finish(x if e is None else e(x)).float() for e in edits]))
+        rows.append(torch.stack([finish(x if e is None else e(x)).float() for e in edits]))
     return torch.cat(rows, dim=1)
 
 

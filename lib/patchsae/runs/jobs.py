@@ -20,7 +20,7 @@ Run = Callable[[str, Callable, Sequence[tuple]], None]
 
 @contextmanager
 def workers(jobs: int, progress: bool = True) -> Iterator[Run]:
-    """Give a function run(title, task, arguments) that calls task(*a) for all of them, `jobs` at a time.
+    """Give a function `run(title, task, arguments)` that calls `task(*a)` for all, `jobs` at a time.
 
     Tasks are begun in their order. Each process has its share of torch's threads, shows no progress bars,
     and lives until the block ends, so that what a task loads once is there for the next. With jobs=1

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import math
@@ -17,21 +16,30 @@ import platform
 import re
 import subprocess
 import sys
-import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
+from patchsae.runs.disk import file_digest, storage_error, storing, write_atomic
 from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.verify import (
+    FORMAT,
+    MANIFEST,
+    canonical,
+    changed_files,
+    read_manifest,
+    record_files,
+    recorded_files,
+)
 
 try:
     import fcntl
 except ImportError:  # Windows has no such locks
     fcntl = None
 
-MANIFEST = "manifest.json"
 PARTIAL = (
     ".*-*",
     ".tmp*",
@@ -48,34 +56,6 @@ def project_root() -> Path:
     raise PatchSAEError(
         f"No patchsae project above {Path.cwd()}: run from inside a clone of the repository."
     )
-
-
-def write_atomic(path: str | Path, write_fn: Callable[[Path], object]) -> Path:
-    """Let `write_fn` write a temporary file beside `path`, then rename it onto `path`."""
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # The suffix is kept because writers such as numpy and matplotlib choose the format by it.
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-    except OSError as error:
-        raise _storage_error(path, error) from error
-    temporary = Path(name)
-    try:
-        write_fn(temporary)
-        # mkstemp makes the file private; a result is as readable as any other new file.
-        temporary.chmod(0o666 & ~_umask())
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    except Exception as error:
-        # Writers in other languages (safetensors, papermill) wrap the system's error in their own.
-        if _disk_full(error):
-            raise _storage_error(path, error) from error
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
 
 
 def write_json(path: str | Path, value: Any) -> Path:
@@ -114,8 +94,7 @@ def jsonable(value: Any) -> Any:
 
 def digest(inputs: Any) -> str:
     """Hash a JSON-able value; equal values hash equally in every process."""
-    text = json.dumps(jsonable(inputs), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(canonical(jsonable(inputs)).encode()).hexdigest()
 
 
 def versioned(inputs: Mapping[str, Any] | Any, version: int) -> dict[str, Any]:
@@ -126,15 +105,9 @@ def versioned(inputs: Mapping[str, Any] | Any, version: int) -> dict[str, Any]:
     return recorded | {"version": version}
 
 
-def file_digest(path: Path) -> str:
-    """Hash the content of one file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def tree_digests(root: Path, *patterns: str) -> dict[str, str]:
     """Hash every file under `root` that matches a glob pattern, by its relative path."""
-    return {str(path.relative_to(root)): file_digest(path) for path in _files(root, patterns)}
+    return {path.relative_to(root).as_posix(): file_digest(path) for path in _files(root, patterns)}
 
 
 def versions() -> dict[str, str]:
@@ -207,26 +180,22 @@ class Stage:
         """
         recorded = versioned(inputs, version)
         path = Path(root) / f"{name}-{digest(recorded)[:12]}"
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _storage_error(path, error) from error
+        if not path.is_dir():  # a finished one may lie where nothing can be written
+            with storing(path):
+                path.mkdir(parents=True, exist_ok=True)
         return cls(path, name, recorded, time.time())
 
     @property
     def done(self) -> bool:
         """Tell whether the folder holds a finished result of exactly these inputs."""
         manifest = self.manifest
-        return manifest is not None and manifest.get("inputs") == self.inputs
+        ours = manifest is not None and manifest.get("inputs") == self.inputs
+        return ours and recorded_files(manifest) is not None
 
     @property
     def manifest(self) -> dict[str, Any] | None:
         """Read the manifest, or return None where there is no whole one."""
-        try:
-            found = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return found if isinstance(found, dict) else None
+        return read_manifest(self.path)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -234,7 +203,11 @@ class Stage:
 
         The system takes the lock from a process that is killed, so it cannot be left behind.
         """
-        with (self.path / ".lock").open("w") as lock:
+        try:
+            lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise storage_error(self.path, error) from error
+        with lock:
             # Some network file systems have no locks: nobody waits then, and nothing is removed.
             with contextlib.suppress(OSError, AttributeError):
                 fcntl.flock(lock, fcntl.LOCK_EX)
@@ -257,29 +230,52 @@ class Stage:
         if not agree(self.done):
             with self.alone() if ranks is None or ranks.first else contextlib.nullcontext():
                 if not agree(self.done):  # another process may have finished it meanwhile
+                    self._tell_of_old()
                     make()
                 if ranks:
                     ranks.wait()
-        self._check_files()
+        self.check()
         return self.path
 
-    def _check_files(self) -> None:
-        # by size alone, which is quick: a zarr array reads a chunk that is missing as zeros or NaN
-        for name, size in (self.manifest or {}).get("files", {}).items():
-            found = (self.path / name).stat().st_size if (self.path / name).is_file() else None
-            if found != size:
-                what = "is missing" if found is None else f"has {found} bytes of {size}"
-                raise PatchSAEError(
-                    f"{self.path / name} {what}: copy the whole folder again, or delete {self.path}, and "
-                    "it is made anew."
-                )
+    def check(self) -> None:
+        """Refuse a finished result of which a file is missing, or is not the one that was made.
+
+        Quick: only files that were changed, or copied here, since they were last found right are read.
+
+        Raises
+        ------
+        PatchSAEError : names the file.
+        """
+        files = recorded_files(self.manifest or {})
+        if files is None:
+            raise PatchSAEError(f"{self.path} was not finished: run again.")
+        if problem := next(changed_files(self.path, files), None):
+            raise PatchSAEError(
+                f"{problem}: copy the whole folder again, or delete {self.path}, and it is made anew."
+            )
+
+    def _tell_of_old(self) -> None:
+        if (self.manifest or {}).get("inputs") == self.inputs:
+            warnings.warn(
+                f"{self.path} was finished by an older version, which kept no hashes of its files, so it "
+                "is made anew.",
+                stacklevel=4,
+            )
 
     def finish(self, *results: str, seed: int | None = None, **facts: Any) -> Path:
         """Write the manifest, which makes the folder a finished result.
 
-        `results` are patterns of files and folders here, of which it keeps the sizes of every file.
+        `results` are patterns of files and folders here: all that outlasts this run. They are made to last
+        before the manifest is, which keeps size and hash of every file.
+
+        Raises
+        ------
+        PatchSAEError : nothing matches a pattern; as `write_atomic`.
         """
+        with storing(self.path):
+            files = record_files(self.path, results)
         manifest: dict[str, Any] = {
+            "format": FORMAT,
             "name": self.name,
             "inputs": self.inputs,
             "digest": digest(self.inputs),
@@ -291,38 +287,33 @@ class Stage:
         }
         if seed is not None:
             manifest["seed"] = seed
-        if results:
-            found = [path for pattern in results for path in self.path.glob(pattern)]
-            inside = [path.rglob("*") if path.is_dir() else [path] for path in found]
-            files = (path for paths in inside for path in paths if path.is_file())
-            manifest["files"] = {
-                path.relative_to(self.path).as_posix(): path.stat().st_size for path in files
-            }
+        manifest["files"] = files
         if facts:
             manifest["facts"] = facts
         return write_json(self.path / MANIFEST, manifest)
 
 
+def damaged_results(folder: str | Path) -> list[str]:
+    """Return a sentence on every finished result in and below a folder that is not as it was made.
+
+    Raises
+    ------
+    PatchSAEError : there is no such folder.
+    """
+    folder, problems = Path(folder), []
+    if not folder.is_dir():
+        raise PatchSAEError(f"There is no folder {folder}: give one that holds results.")
+    for path in sorted(folder.rglob(MANIFEST)):
+        stage = Stage(path.parent, path.parent.name.rpartition("-")[0], {}, 0.0)
+        try:
+            if stage.manifest is None:
+                raise PatchSAEError(f"{path} is damaged: delete {path.parent}, and it is made anew.")
+            stage._check_files()
+        except PatchSAEError as error:
+            problems.append(str(error))
+    return problems
+
+
 def _files(root: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
     found = {path for pattern in patterns for path in root.glob(pattern) if path.is_file()}
     return iter(sorted(path for path in found if "__pycache__" not in path.parts))
-
-
-def _disk_full(error: Exception) -> bool:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return os.strerror(errno.ENOSPC) in str(error)
-
-
-def _storage_error(path: Path, error: Exception) -> PatchSAEError:
-    if _disk_full(error):
-        return PatchSAEError(
-            f"The disk is full, so {path} was not written: free some space, then run again."
-        )
-    return PatchSAEError(f"Could not write {path} ({error}): check the folder and its permissions.")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

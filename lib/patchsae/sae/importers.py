@@ -7,10 +7,8 @@ their traps: facts.md §6.
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -328,36 +326,3 @@ def _population_std(sae: SAE) -> SAE:
 
 def _std_ratio(n: int) -> float:
     return math.sqrt(n / max(n - 1, 1))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0, or 2 for bad input."""
-    arguments = _parser().parse_args(argv)
-    source, out = Path(arguments.source_path), Path(arguments.out_folder)
-    try:
-        if out.resolve() in (source.resolve(), source.resolve().parent):
-            # sparsify's weights have the name of ours
-            raise PatchSAEError(f"{out} holds the source, which could be overwritten: name another folder.")
-        sae = import_sae(source, arguments.source)
-        sae.save(out)
-    except PatchSAEError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{out}: {sae.d_sae} latents of width {sae.d_in}, {sae.config.activation}")
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m patchsae.sae.importers",
-        description="Convert another project's SAE into a folder that patchsae.sae.model.SAE.load reads. "
-        "Nothing in the file is run.",
-    )
-    parser.add_argument("source_path", metavar="SOURCE_PATH", help="a file or folder as published")
-    parser.add_argument("out_folder", metavar="OUT_FOLDER", help="where sae.json and sae.safetensors go")
-    parser.add_argument("--source", choices=[*Source], help="whose layout it is (default: recognised)")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

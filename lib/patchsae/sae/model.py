@@ -317,7 +317,7 @@ class SAE(nn.Module):
         """
         folder = Path(folder)
         try:
-            values = json.loads((folder / CONFIG).read_text("utf-8"))
+            values = json.loads((folder / CONFIG).read_text("utf-8-sig"))
             weights = load_file(folder / WEIGHTS, device=str(device))
         except FileNotFoundError as error:
             raise PatchSAEError(

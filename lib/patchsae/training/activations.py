@@ -27,9 +27,11 @@ from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.progress import progress_bar
 from patchsae.runs.ranks import Ranks
 from patchsae.runs.stage import Stage, write_atomic
+from patchsae.runs.tensors import row_sums
 
 VERSION = 1  # raised when the same inputs give other tokens
 SHARD_IMAGES = 256
+SUMS = "crc32"  # of the rows of a shard
 
 
 class Tokens(StrEnum):
@@ -128,15 +130,19 @@ class Activations:
         }
         stage = Stage.open(root, "activations", inputs, version=VERSION)
         shards = Shards(stage.path, self.images.name, shape)
+        # a finished cache is looked through too: a copy of it may have lost or cut a file
+        if ranks.agree(stage.done and all(map(shards.whole, range(len(shards))))):
+            return shards
         with stage.alone() if ranks.first else nullcontext():
             ranks.wait()
-            # a finished cache is looked through too: a copy of it may have lost or cut a file
             missing = [n for n in range(ranks.rank, len(shards), ranks.world) if not shards.whole(n)]
             if missing:
+                self.images.check_readable([i for number in missing for i in shards.images(number)])
                 _check_space(stage.path, shards.bytes * len(missing) * ranks.world // len(shards))
                 self._fill(shards, missing, image_batch, progress and ranks.first)
             ranks.wait()
-            if ranks.first and not stage.done:
+            if ranks.first:
+                # every row has a sum of its own: to hash hundreds of gigabytes again would take minutes
                 stage.finish(bytes=shards.bytes)
         return shards
 
@@ -188,16 +194,18 @@ class Shards(Source):
 
     def whole(self, number: int) -> bool:
         """Tell whether a shard is there, of full length and of the right shape."""
+        rows = len(self.images(number))
         try:
             with safe_open(self.path(number), framework="pt") as file:
-                shape = file.get_slice("tokens").get_shape()
+                shapes = [file.get_slice(name).get_shape() for name in ("tokens", SUMS)]
         except (OSError, SafetensorError):
             return False
-        return shape == [len(self.images(number)), *self.shape[1:]]
+        return shapes == [[rows, *self.shape[1:]], [rows]]
 
     def write(self, number: int, x: Tensor) -> None:
-        """Write one shard, atomically."""
-        tensors = {"tokens": x.cpu().contiguous()}
+        """Write one shard, atomically, with a sum of every row."""
+        x = x.cpu().contiguous()
+        tensors = {"tokens": x, SUMS: row_sums(x)}
         write_atomic(self.path(number), lambda path: save_file(tensors, path))
 
     def read(self, indices: Sequence[int]) -> Tensor:
@@ -206,9 +214,10 @@ class Shards(Source):
             number, row = divmod(int(index), SHARD_IMAGES)
             try:
                 rows.append(_opened(self.path(number))(row))
-            except (OSError, SafetensorError) as error:
+            except (OSError, ValueError, SafetensorError) as error:
                 raise PatchSAEError(
-                    f"'{self.path(number)}' is damaged ({error}); run again, and this shard is made anew."
+                    f"'{self.path(number)}' is damaged ({error}); delete it, then run again, and it is "
+                    "made anew."
                 ) from error
         return torch.stack(rows)
 
@@ -216,8 +225,15 @@ class Shards(Source):
 @lru_cache(maxsize=64)
 def _opened(path: Path) -> Callable[[int], Tensor]:
     # memory-mapped: of a shard's 77 MB (ViT-B/16) one image's 0.3 MB are read
-    rows = safe_open(path, framework="pt").get_slice("tokens")
-    return lambda row: rows[row]
+    file = safe_open(path, framework="pt")
+    rows, sums = file.get_slice("tokens"), file.get_tensor(SUMS)
+
+    def read(row: int) -> Tensor:
+        if row_sums((x := rows[row])[None])[0] != sums[row]:
+            raise ValueError(f"row {row} is not what its sum says")
+        return x
+
+    return read
 
 
 def _check_space(folder: Path, needed: int) -> None:

@@ -126,6 +126,17 @@ class TokenStream:
     def chunks(self) -> int:
         return math.ceil(self.config.images / self.config.chunk_images)
 
+    def check_readable(self) -> None:
+        """Find out whether every image of the stream can be decoded; raises PatchSAEError if not.
+
+        What a cache holds was decoded already.
+        """
+        if not self.config.cache:
+            needed = image_order(
+                len(self.images), self.config.seed, 0, min(self.config.images, len(self.images))
+            )
+            self.images.check_readable(np.sort(needed))
+
     def first(self, images: int) -> Tensor:
         """Return the tokens [I, T, d] of the stream's first images, each image once (all, if fewer)."""
         n = min(images, self.config.images, len(self.images))
@@ -163,10 +174,7 @@ class TokenStream:
 
     def _chunk(self, chunk: int, skip: int, read: Iterator[Tensor]) -> Iterator[TokenBatch]:
         images = self._lane_images(chunk)
-        counts = np.array([len(lane) for lane in images]) * self.activations.tokens
-        # the first lanes take one token more where token_batch is no multiple of lanes
-        shares = np.full(len(counts), self.config.token_batch // self.config.lanes)
-        shares[: self.config.token_batch % self.config.lanes] += 1
+        counts, shares = np.array([len(lane) for lane in images]) * self.activations.tokens, self._shares()
         steps = int(np.ceil(counts / shares).max())
         mixed = {lane: self._mix(chunk, lane, images[lane], read) for lane in self.lanes if counts[lane]}
         for step in range(skip, steps):
@@ -179,13 +187,31 @@ class TokenStream:
             after = Position(chunk, step + 1) if step + 1 < steps else Position(chunk + 1)
             yield TokenBatch(x, is_cls, total, after)
 
+    def _shares(self) -> np.ndarray:
+        """Return how many tokens of a batch each lane gives."""
+        # the first lanes take one token more where token_batch is no multiple of lanes
+        shares = np.full(self.config.lanes, self.config.token_batch // self.config.lanes)
+        shares[: self.config.token_batch % self.config.lanes] += 1
+        return shares
+
+    def images_at(self, position: Position) -> np.ndarray:
+        """Return the image that each token comes from of this process's part of a batch: indices [n]."""
+        images, shares, found = self._lane_images(position.chunk), self._shares(), [np.zeros(0, np.int64)]
+        for lane in self.lanes:
+            mixed = self._order(position.chunk, lane, len(images[lane]) * self.activations.tokens)
+            part = mixed[position.batch * shares[lane] : (position.batch + 1) * shares[lane]]
+            found.append(images[lane][part // self.activations.tokens])
+        return np.concatenate(found)
+
+    def _order(self, chunk: int, lane: int, tokens: int) -> np.ndarray:
+        return np.random.default_rng([self.config.seed, chunk, lane]).permutation(tokens)
+
     def _mix(
         self, chunk: int, lane: int, images: np.ndarray, read: Iterator[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Return a lane's tokens x [n, d] and is_cls [n] in mixed order."""
         x = torch.cat([next(read) for _ in self._cut(images)]).flatten(0, 1)
-        draw = np.random.default_rng([self.config.seed, chunk, lane])
-        mixed = torch.from_numpy(draw.permutation(len(x))).to(self.device)
+        mixed = torch.from_numpy(self._order(chunk, lane, len(x))).to(self.device)
         return x[mixed], self._is_cls[mixed % len(self._is_cls)]
 
     def _nothing(self) -> tuple[Tensor, Tensor]:

@@ -82,6 +82,9 @@ class _Other(ImageSet):
         self.of, self.name, self.split = images, images.name, images.split
         self.classnames, self.labels = images.classnames, images.labels
 
+    def check_readable(self, indices: Sequence[int]) -> None:
+        self.of.check_readable(indices)
+
     def _batch(self, indices: Sequence[int], x: Tensor) -> Batch:
         where = np.asarray(indices, dtype=np.int64)
         return Batch(x, torch.from_numpy(self.labels[where]), torch.from_numpy(where))

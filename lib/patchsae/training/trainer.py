@@ -8,33 +8,34 @@ Under torchrun every process trains on its part of each batch and all take the s
 from __future__ import annotations
 
 import csv
-import json
 import math
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from patchsae.clip.backbone import Backbone
 from patchsae.images.sets import ImageSet
 from patchsae.runs.cadence import Cadence
+from patchsae.runs.checks import check_weights
 from patchsae.runs.errors import PatchSAEError, choose
 from patchsae.runs.progress import progress_bar
 from patchsae.runs.ranks import Ranks, join
 from patchsae.runs.stage import Stage, digest, versioned, write_atomic
-from patchsae.sae.model import SAE, SAEConfig
+from patchsae.runs.tensors import load_tensors, save_tensors
+from patchsae.sae.model import CONFIG, SAE, WEIGHTS, SAEConfig
 from patchsae.sae.step import Execution, Step, Stepper
+from patchsae.training.failures import not_finite
 from patchsae.training.starts import BiasInit, Start, set_start
 from patchsae.training.stream import Position, StreamConfig, TokenBatch, TokenStream
 
 VERSION = 1  # raised when the same inputs give other weights or metrics
 CHECKPOINT, METRICS = "checkpoint.safetensors", "metrics.csv"
+FILES = (CONFIG, WEIGHTS, METRICS)
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,8 @@ def train_sae(
     inputs = training_inputs(images, backbone, sae_config, config)
     stage, ranks = Stage.open(root, "sae", inputs, version=VERSION), join(backbone.device)
     stage.once(lambda: _Run(images, backbone, sae_config, config, stage, ranks, progress).go(), ranks)
-    if ranks.first and (left := stage.path / CHECKPOINT).exists():
-        left.unlink(missing_ok=True)  # after the manifest: a kill between the two must not start over
+    if ranks.first:
+        remove(stage.path / CHECKPOINT)
     return Trained(SAE.load(stage.path, backbone.device), read_metrics(stage.path), stage.path)
 
 
@@ -184,17 +185,27 @@ class _Run:
         """Images' worth of tokens: a batch holds tokens of many images."""
         return self.tokens_seen // self.stream.activations.tokens
 
+    @torch.enable_grad()  # whoever first needs an SAE may be in the middle of measuring
     def go(self) -> None:
         if self.ranks.agree(self.checkpoint.exists()):
             self._restore()
         else:
+            self.stream.check_readable()
             set_start(self.sae, self.stream, self.config, ranks=self.ranks)
             self.stepper = self._stepper()
         self._learn()
+        if self.images_seen != self.config.images:
+            raise PatchSAEError(
+                f"the run in {self.stage.path} saw {self.images_seen} of {self.config.images} images, so "
+                "it is not finished; delete that folder, then run again."
+            )
         if self.ranks.first:
+            self._check_weights()
             self.sae.save(self.stage.path)
             write_metrics(self.stage.path, self.metrics)
-            self.stage.finish(seed=self.config.seed, images=self.config.images, tokens=self.tokens_seen)
+            self.stage.finish(
+                *FILES, seed=self.config.seed, images=self.config.images, tokens=self.tokens_seen
+            )
 
     def _stepper(self) -> Stepper:
         return Stepper(self.sae, self.config.execution, self.ranks.group)
@@ -228,8 +239,8 @@ class _Run:
                 step = self.stepper.step(batch.x, rate, dead, batch.is_cls)
                 self.silent = torch.where(step.fired, 0, self.silent + 1)
                 self.step, self.tokens_seen = self.step + 1, self.tokens_seen + batch.tokens
+                self._check(step, batch)
                 self.position = batch.position
-                self._check(step)
                 bar.update(self.images_seen - bar.n)
                 if self.step % config.log_every == 0 or self.images_seen == config.images:
                     counts = {"step": self.step, "images": self.images_seen, "tokens": self.tokens_seen}
@@ -239,18 +250,22 @@ class _Run:
                 if self.ranks.first:
                     cadence.save(self._save)
 
-    def _check(self, step: Step) -> None:
+    def _check(self, step: Step, batch: TokenBatch) -> None:
+        """Refuse a step whose loss is not finite; `position` is still that of its batch."""
         if not math.isfinite(step.reconstruction + step.l1 + step.ghost):
-            raise PatchSAEError(
-                f"the loss is not finite at step {self.step}; use a smaller lr than {self.config.lr} "
-                f"(the last checkpoint stays in '{self.stage.path}')."
-            )
+            names = [self.stream.images.key(i) for i in self.stream.images_at(self.position)]
+            settings = {"lr": self.config.lr, "l1": self.sae.config.l1, "ghost": self.sae.config.ghost}
+            raise not_finite(step, self.step, batch.x, names, settings, self.stage.path)
+
+    def _check_weights(self) -> None:
+        # a step may make them infinite whose own loss was finite: nothing of that is kept
+        check_weights(f"after step {self.step} the SAE", self.sae.state_dict())
 
     def _save(self) -> None:
+        self._check_weights()
         tensors = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
         tensors |= {f"stepper.{name}": value for name, value in self.stepper.state().items()}
         tensors["silent"] = self.silent
-        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         run = {
             "inputs": digest(self.stage.inputs),
             "step": self.step,
@@ -258,7 +273,7 @@ class _Run:
             "position": self.position,
             "metrics": self.metrics,
         }
-        write_atomic(self.checkpoint, lambda path: save_file(tensors, path, {"run": json.dumps(run)}))
+        save_tensors(self.checkpoint, tensors, run)
         write_metrics(self.stage.path, self.metrics)
 
     def _restore(self) -> None:
@@ -271,7 +286,7 @@ class _Run:
             self.silent.copy_(tensors["silent"])
             self.step, self.tokens_seen, self.metrics = run["step"], run["tokens_seen"], run["metrics"]
             self.position = Position(*run["position"])
-        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise PatchSAEError(
                 f"'{self.checkpoint}' is no checkpoint of this run ({reason}); delete it to start over."
@@ -280,11 +295,16 @@ class _Run:
 
 def open_checkpoint(path: Path, stage: Stage) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read what a run of this stage saved; ValueError, among others, if it is damaged or of another run."""
-    with safe_open(path, framework="pt") as file:
-        run = json.loads(file.metadata()["run"])
-        if run["inputs"] != digest(stage.inputs):
-            raise ValueError("it is of another run")
-        return run, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors, run = load_tensors(path)
+    if run["inputs"] != digest(stage.inputs):
+        raise ValueError("it is of another run")
+    return run, tensors
+
+
+def remove(left: Path) -> None:
+    """Delete a checkpoint, after the manifest: a kill between the two must not start over."""
+    with suppress(OSError):  # in a folder that cannot be written to it does no harm
+        left.unlink()
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

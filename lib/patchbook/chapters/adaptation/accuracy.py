@@ -1,0 +1,273 @@
+"""Table 1 and what stands beside it: accuracy, groups of latents, seeds, and methods that learn less."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from patchbook.chapters.adaptation.tasks import CLIP, MAPLE, Adaptation, Half, Task, hits, in_words
+from patchbook.chapters.published import TABLE_1
+from patchbook.chapters.verdicts import Unseen, better_and_high, ratio, unseen_gains_more
+from patchbook.lessons import Lesson, lesson
+from patchbook.report import Beyond, Finding, beyond, finding
+from patchbook.scenes.catalogue import trained_mask
+from patchbook.scenes.sprites import STYLES
+from patchbook.tables import Table, fixed, in_percent, percent
+from patchsae.adaptation.prompts import Method
+from patchsae.adaptation.remapping import group_table, improvement_rate
+from patchsae.clip.backbone import zero_shot_weights
+from patchsae.images.benchmark_table import RECIPES
+from patchsae.runs.intervals import Interval, bootstrap, mcnemar
+
+MODELS = {"CLIP": CLIP, "MaPLe": MAPLE}
+REGIONS = ("high", "high_to_low", "low_to_high")
+
+
+def accuracy_table(a: Adaptation) -> Table:
+    """Return accuracy on both halves of each data set, as they are and through the SAE (Table 1, right)."""
+    rows, seed = {}, a.run.seed
+    for name in a.by_gain:
+        t = a.tasks[name]
+        for place, (half, about) in enumerate(t.halves.items()):
+            line: dict[tuple[str, str], object] = {("", "chance"): fixed(100 * about.chance, 1)}
+            for kind, latents in (("original", False), ("through SAE", True)):
+                for label, parts in MODELS.items():
+                    line[kind, label] = percent(bootstrap(t.right(half, parts, latents), seed))
+            shares = [t.right(half, parts).mean() for parts in MODELS.values()]
+            line["", "Δ %"] = fixed(100 * improvement_rate(*shares), 1)
+            if row := TABLE_1.get(name):
+                for label in MODELS:
+                    ours, theirs = (getattr(row, f"{of}{label.lower()}") for of in ("", "official_"))
+                    line["paper", label] = fixed(ours[place], 2)
+                    line["MaPLe's authors", label] = fixed(theirs[place], 2)
+            rows[t.title, half] = line
+    caption = "Accuracy in % on test images, with 95 % intervals over images."
+    return Table(caption, rows, ("data set", "classes"))
+
+
+def region_table(a: Adaptation) -> Table:
+    """Return how many latents per class are in each region, by both readings (Table 1, left)."""
+    rows = {}
+    for name in a.by_gain:
+        t = a.tasks[name]
+        for half, about in t.halves.items():
+            before, after = ({name: counts[about.keep]} for counts in t.counts)
+            line = rows.setdefault((t.title, half), {})
+            for (_, reading), found in group_table(before, after).items():
+                for group, size in found.items():
+                    line[f"by {reading}", group.replace("_", "-")] = fixed(size, 2)
+    caption = "Latents per class in each region, mean over classes."
+    return Table(caption, rows, ("data set", "classes"), folded=True)
+
+
+def gain_table(a: Adaptation) -> Table:
+    """Return the gain of each data set, with an exact test on its base classes."""
+    rows = {}
+    for name in a.by_gain:
+        t = a.tasks[name]
+        found = mcnemar(t.right("base", CLIP), t.right("base", MAPLE))
+        rows[t.title] = {
+            "gain on base, points": percent(a.gain[name]),
+            "only CLIP right": found.only_first,
+            "only MaPLe right": found.only_second,
+            "p (McNemar)": f"{found.p:.1e}" if found.p < 0.001 else f"{found.p:.3f}",
+            "gain on novel, points": percent(bootstrap(t.moved("novel"), a.run.seed)),
+        }
+    return Table("What MaPLe gains in accuracy.", rows, ("data set",))
+
+
+def seed_table(a: Adaptation, images: int) -> Table | None:
+    """Return accuracy on base classes of prompts learned with several seeds; None where there are none."""
+    rows, seed = {}, a.run.seed
+    for name, t in a.tasks.items():
+        others = {n: model for n in (1, 2, 3) if (model := a.prompts(name, n))}
+        if len(others) < 2:
+            continue
+        about = t.halves["base"]
+        test, start = a.run.few(about.part.test, images), untrained_text(a, t, about)
+        before, untrained = hits(a.run.backbone, test, t.texts[0][about.keep], start)
+        named = about.part.classnames
+        found = np.concatenate([hits(m, test, m.class_weights(named)) for m in others.values()])
+        rows[t.title] = {
+            "test images": len(test),
+            "CLIP": percent(bootstrap(before, seed)),
+            "CLIP, MaPLe's untrained prompt": percent(bootstrap(untrained, seed)),
+            "MaPLe, mean of seeds": percent(bootstrap(found.mean(0), seed)),
+            "sd over seeds": fixed(100 * found.mean(1).std(ddof=1), 1),
+            "gain, points": percent(bootstrap(found.mean(0) - before, seed)),
+            "gain over the untrained prompt": percent(bootstrap(found.mean(0) - untrained, seed)),
+        }
+    caption = "Accuracy in % on base classes, prompts of several seeds."
+    return Table(caption, rows, ("data set",), folded=True) if rows else None
+
+
+def untrained_text(a: Adaptation, task: Task, half: Half):
+    """Return CLIP's text vectors with the words that MaPLe starts from, in place of the set's prompt."""
+    template = task.model.prompts.config.text("{}")
+    return zero_shot_weights(a.run.backbone, half.part.classnames, template)
+
+
+def table_1(a: Adaptation) -> Finding:
+    """Judge Table 1."""
+    gain, on_novel = a.over_sets(Task.moved), a.over_sets(lambda t: t.moved("novel"))
+    sizes = {g: np.mean([t.sizes[g].mean() for t in a.tasks.values()]) for g in REGIONS}
+    judged = better_and_high(gain, sizes)
+    before, after = (
+        np.mean([t.right("base", parts).mean() for t in a.tasks.values()]) for parts in MODELS.values()
+    )
+    printed = a.published.values()
+    theirs = np.mean([row.maple[1] - row.clip[1] for row in printed])
+    return finding(
+        "Table 1",
+        claim="MaPLe is better on base classes; most latents that are high for a class are so in both "
+        "models.",
+        quantity="gain on base classes, mean of data sets",
+        unit="points",
+        paper=float(np.mean([row.maple[0] - row.clip[0] for row in printed])),
+        ours=in_percent(gain),
+        rule="the interval lies above 0 and more latents per base class are high than off the diagonal",
+        verdict=judged.verdict,
+        reason=judged.reason,
+        effect=ratio(after - before, 1 - before),
+        effect_name="Δ: share of CLIP's errors that MaPLe removes",
+        why=f"{judged.why} Latents per base class: {in_words(sizes)}. On novel classes accuracy changes by "
+        f"{percent(on_novel)} points (the paper: {fixed(theirs, 1, sign=True)}).".strip(),
+    )
+
+
+def table_1_lesson(found: Finding) -> Lesson:
+    """Say in one sentence what Table 1 is in this run."""
+    return lesson(
+        found, 2,
+        holds="MaPLe is better than CLIP on base classes, by {}, while most latents that are high for a "
+        "class stay high.",
+        fails="Table 1 does not hold here: MaPLe's gain on base classes is {}, or more "
+        "latents leave the diagonal than stay on it.",
+        open_="Whether MaPLe gains on base classes is not clear in this run: {}.",
+    )  # fmt: skip
+
+
+def published_table() -> Table:
+    """Return the paper's Table 1 and the accuracies that MaPLe's authors published, base / novel."""
+    fields = {
+        "high": "high", "high-to-low": "high_to_low", "low-to-high": "low_to_high", "paper: CLIP %": "clip",
+        "paper: MaPLe %": "maple", "MaPLe's authors: CLIP %": "official_clip",
+        "MaPLe's authors: MaPLe %": "official_maple",
+    }  # fmt: skip
+    rows = {
+        RECIPES[name].title: {
+            title: "{:.2f} / {:.2f}".format(*getattr(row, field)) for title, field in fields.items()
+        }
+        for name, row in TABLE_1.items()
+    }
+    caption = "Published numbers for photographs, base / novel."
+    return Table(caption, rows, ("data set",), folded=True)
+
+
+class Pairs(NamedTuple):
+    """Gain on base classes by whether CLIP was trained on the pair of concept and style."""
+
+    rows: dict[str, dict[str, object]]
+    pools: dict[bool, np.ndarray]
+    """Gain per image, pairs seen (True) and never seen (False)."""
+    unseen: Unseen
+
+
+def seen_and_unseen(a: Adaptation) -> Pairs | None:
+    """Divide the gain on base classes by whether CLIP saw the pair; None where that is not known."""
+    rows, pools = {}, {True: [], False: []}
+    for t in a.tasks.values():
+        seen = _seen_before(t)
+        if seen is None:
+            continue
+        labels, change, line = t.halves["base"].test.labels, t.moved(), {}
+        for before, title in ((True, "seen in training"), (False, "never seen")):
+            here = seen[labels] == before
+            pools[before].append(change[here])
+            line[title, "classes"] = len(np.unique(labels[here]))
+            line[title, "gain, points"] = (
+                percent(bootstrap(change[here], a.run.seed)) if here.any() else "–"
+            )
+        rows[t.title] = line
+    if not rows:
+        return None
+    both = {key: np.concatenate(values) for key, values in pools.items()}
+    return Pairs(rows, both, unseen_gains_more(both[True], both[False], a.run.seed))
+
+
+def _seen_before(t: Task) -> np.ndarray | None:
+    """Tell for each base class whether CLIP was trained on it in the data set's style; None if unknown."""
+    labels, styles = (getattr(t.data_set.train, name, None) for name in ("concept_of_label", "styles"))
+    if labels is None or len(styles) != 1:
+        return None
+    return trained_mask()[styles[0]][labels] if styles[0] < len(STYLES) else np.zeros(len(labels), bool)
+
+
+def pair_table(pairs: Pairs) -> Table:
+    """Return the gain by data set and by whether the pair was seen."""
+    return Table("Gain on base classes, by pair of concept and style.", pairs.rows, ("data set",))
+
+
+def seen_finding(pairs: Pairs) -> Beyond:
+    """Judge that adaptation gains more on pairs that CLIP never saw."""
+    unseen = pairs.unseen
+    return beyond(
+        "Adaptation gains more on pairs of concept and style that CLIP never saw than on those it saw",
+        label="seen-and-unseen",
+        quantity="gain in accuracy by MaPLe on base classes, pairs never seen minus pairs seen",
+        ours=unseen.found,
+        unit="points",
+        rule="the interval of the difference lies above 0",
+        **unseen.judged._asdict(),
+        effect=unseen.effect,
+        effect_name="Cohen's d of the gain per image, unseen against seen",
+    )
+
+
+class Alone(NamedTuple):
+    """Methods that learn words alone (CoOp) or image tokens alone (VPT) beside MaPLe."""
+
+    rows: dict[tuple[str, str], dict[str, object]]
+    vpt: dict[str, Interval]
+    """Accuracy on base classes, VPT minus MaPLe, by data set."""
+
+
+def learned_alone(a: Adaptation, prompt_seed: int) -> Alone:
+    """Classify the same images with CoOp and with VPT, where their prompts are there."""
+    rows, against, seed = {}, {}, a.run.seed
+    for t, half, others in _methods(a, prompt_seed):
+        about = t.halves[half]
+        right = {
+            "CLIP": t.right(half, CLIP).astype(float),
+            "CLIP, MaPLe's untrained prompt": hits(a.run.backbone, about.test, untrained_text(a, t, about))[
+                0
+            ],
+            "MaPLe": t.right(half, MAPLE).astype(float),
+        }
+        for title, model in others.items():
+            words = model.class_weights(about.part.classnames)
+            right[f"{title} alone"] = hits(model, about.test, words)[0]
+        row = {"chance": fixed(100 * about.chance, 1)}
+        row |= {label: percent(bootstrap(hit, seed)) for label, hit in right.items()}
+        for title in others:
+            row[f"{title} − CLIP"] = percent(bootstrap(right[f"{title} alone"] - right["CLIP"], seed))
+        rows[t.title, half] = row
+        if half == "base" and "VPT" in others:
+            against[t.title] = bootstrap(right["VPT alone"] - right["MaPLe"], seed)
+    return Alone(rows, against)
+
+
+def _methods(a: Adaptation, seed: int) -> Iterator[tuple[Task, str, dict]]:
+    for name, t in a.tasks.items():
+        found = {"CoOp": a.prompts(name, seed, Method.COOP), "VPT": a.prompts(name, seed, Method.VPT)}
+        others = {title: model for title, model in found.items() if model}
+        for half in t.halves if others else ():
+            yield t, half, others
+
+
+def alone_table(alone: Alone) -> Table | None:
+    """Return accuracies of the methods; None where no prompts of them are there."""
+    caption = "Accuracy in % of words learned alone (CoOp) and image tokens learned alone (VPT)."
+    return Table(caption, alone.rows, ("data set", "classes"), folded=True) if alone.rows else None

@@ -1,0 +1,152 @@
+"""What every chapter opens with: model, images, autoencoder, and the parameters they follow from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import xarray as xr
+from torch import Tensor
+
+from patchbook.own import own_sae, own_sets
+from patchbook.scales import Scale, Sets
+from patchbook.scales import scale as open_scale
+from patchsae.clip.backbone import Backbone, zero_shot_weights
+from patchsae.images.sets import Dataset, ImageSet
+from patchsae.latents.atlas import AtlasConfig, make_atlas
+from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.stage import project_root
+from patchsae.sae.model import SAE
+from patchsae.training.trainer import Trained
+
+
+class Changes(NamedTuple):
+    """What a chapter's parameters change in a scale's recipe; None leaves the scale's."""
+
+    sae: dict[str, object]
+    train: dict[str, object]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a chapter."""
+
+    setup: Scale
+    backbone: Backbone
+    sets: Sets
+    root: Path
+    """Folder of results."""
+    changes: Changes
+    seed: int
+    workers: int = 0
+    """Processes that decode images."""
+    given: str = ""
+    """Folder, file or hub name of an autoencoder that is taken as it is."""
+
+    @cached_property
+    def trained(self) -> Trained:
+        """Return the autoencoder of this run: given, shipped, found in results, or trained now."""
+        if self.given:
+            return own_sae(self.given, self.backbone, self.root)
+        return self.setup.trained_sae(
+            self.sets.train, self.backbone, self.root, self.changes.sae, self.changes.train
+        )
+
+    @property
+    def sae(self) -> SAE:
+        """Return the autoencoder itself."""
+        return self.trained.sae
+
+    @property
+    def sae_hash(self) -> str:
+        """Return the name of its folder, which names it in every result."""
+        return self.trained.folder.name
+
+    def few(self, images: ImageSet, n: int) -> ImageSet:
+        """Draw n images, or take all for n = 0."""
+        return images.sample(n, self.seed) if n else images
+
+    def atlas(
+        self, images: ImageSet, config: AtlasConfig, backbone: Backbone | None = None,
+        trained: Trained | None = None,
+    ) -> xr.Dataset:  # fmt: skip
+        """Describe latents on some images, by this run's backbone and autoencoder or by others."""
+        found = trained or self.trained
+        return make_atlas(
+            found.sae, backbone or self.backbone, images, config, self.root, found.folder.name,
+            workers=self.workers,
+        )  # fmt: skip
+
+    def text(self, data_set: Dataset) -> Tensor:
+        """Return the text vectors [C, e] of a data set's classes, by the scale's prompts."""
+        return zero_shot_weights(self.backbone, data_set.classnames, self.setup.prompts(data_set))
+
+    def choose(self, dataset: str) -> list[Dataset]:
+        """Return the benchmark of that name, or all of them for ''; refuses an unknown name."""
+        known = {data_set.name: data_set for data_set in self.sets.benchmarks}
+        if dataset and dataset not in known:
+            raise PatchSAEError(f"dataset='{dataset}' is unknown; choose one of {', '.join(known)}.")
+        return [known[dataset]] if dataset else list(self.sets.benchmarks)
+
+    @property
+    def has_masks(self) -> bool:
+        """Tell whether the test images come with the outlines of their objects."""
+        return hasattr(self.sets.test, "scenes")
+
+    @property
+    def patches(self) -> np.ndarray:
+        """Return the columns of the patches among the tokens."""
+        return np.flatnonzero(self.backbone.token_kind == "patch")
+
+    def __str__(self) -> str:
+        return f"{self.backbone}\nSAE with {self.sae.d_sae:,} latents, from {self.sae_hash}"
+
+
+def open_run(
+    scale: str, *, data: str, model: str, pretrained: str, block: int, device: str, seed: int, results: str,
+    images: int = 0, expansion: int = 0, l1: float = -1.0, ghost: bool = True, workers: int = 0,
+    activation: str = "", active: int = 0, sae: str = "", pictures: str = "",
+) -> Run:  # fmt: skip
+    """Open what the parameters of a chapter ask for; the autoencoder is trained when it is first needed.
+
+    `images=0`, `expansion=0` and a negative `l1` take the scale's, and so does `activation=''`; with 'topk'
+    and 'batchtopk', `active` latents per token are kept and nothing is penalised unless `l1` says so.
+
+    Parameters
+    ----------
+    sae : folder, file or `hf:organisation/name` of an autoencoder to be taken as it is; '' trains one
+    pictures : folder, shards, or set of another library in place of the scale's images (`open_images`)
+
+    Raises
+    ------
+    PatchSAEError : as `scale`, `load_backbone`, the image sets and SAEConfig.
+    """
+    setup = open_scale(scale)
+    backbone = setup.backbone(model, pretrained, block=block, device=device)
+    least = activation in ("topk", "batchtopk")
+    changes = Changes(
+        {
+            "expansion": expansion or None,
+            "l1": l1 if l1 >= 0 else 0.0 if least else None,
+            "ghost": ghost,
+            "activation": activation or None,
+            "k": (active or setup.topk_sae.get("k")) if least else None,
+        },
+        {"images": images or None, "seed": seed},
+    )
+    sets = own_sets(pictures, backbone) if pictures else setup.sets(backbone, data)
+    return Run(setup, backbone, sets, project_root() / results, changes, seed, workers, sae)
+
+
+def pictures(batch: Tensor) -> list[np.ndarray]:
+    """Turn uint8 images [B, 3, H, W] into a list of [H, W, 3]."""
+    return list(batch.permute(0, 2, 3, 1).numpy())
+
+
+def shown(images: ImageSet, indices: np.ndarray) -> tuple[list[np.ndarray], list[str]]:
+    """Return the pictures and class names of some images; indices below 0 are left out."""
+    batch = images.load(np.asarray(indices)[np.asarray(indices) >= 0])
+    return pictures(batch.images), [images.classnames[label] for label in batch.labels]
