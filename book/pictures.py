@@ -19,10 +19,10 @@ from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.stage import project_root, write_atomic
 
 EXPLORER = "book/notebooks/07_explorer.html"
-FIGURE = "book/notebooks/03_localization.html", "#fig-4"
+FIGURE = "book/notebooks/03_localization.html", "fig-4"
 BYTES = 200_000  # of one picture; a README is read on telephones
 COLOURS = 192
-HEIGHT = 760  # of the explorer, from its top
+HEIGHT = 1066  # of the part of the explorer that is shown, px
 
 
 def main() -> int:
@@ -39,7 +39,8 @@ def main() -> int:
         with sync_playwright() as playwright:
             flags = ["--no-sandbox", "--disable-gpu"]
             browser = playwright.chromium.launch(executable_path=given.chromium, args=flags)
-            page = browser.new_page(viewport={"width": 1400, "height": 1000})
+            page = browser.new_page(viewport={"width": 1400, "height": 3200})
+            page.set_default_timeout(200_000)  # a machine may have other work
             page.goto((given.html / EXPLORER).as_uri())
             keep(given.out / "readme-explorer.png", explorer(page))
             page.goto((given.html / FIGURE[0]).as_uri())
@@ -52,17 +53,21 @@ def main() -> int:
 
 
 def explorer(page) -> bytes:
-    """Photograph the explorer as it opens."""
+    """Photograph the explorer as it opens, from its second step on: a picture, its latents, a map."""
     place = page.locator(".patchsae-explorer").first
     place.scroll_into_view_if_needed()
     page.wait_for_timeout(3000)  # blocks and pictures are read when they are seen
-    box = place.bounding_box()
-    return page.screenshot(clip=box | {"height": min(box["height"], HEIGHT)}, full_page=True)
+    down = page.get_by_text("2. Choose").first.bounding_box()["y"] - place.bounding_box()["y"]
+    shot = Image.open(io.BytesIO(place.screenshot()))
+    part = io.BytesIO()
+    shot.crop((0, int(down), shot.width, int(down) + HEIGHT)).save(part, "png")
+    return part.getvalue()
 
 
 def figure(page, label: str) -> bytes:
-    """Photograph the picture below a label."""
-    return page.locator(f"{label} ~ * img, {label} img").first.screenshot()
+    """Photograph the first picture of a labelled cell, or after it."""
+    where = f'(//*[@id="{label}"]/descendant::img | //*[@id="{label}"]/following::img)[1]'
+    return page.locator(f"xpath={where}").screenshot()
 
 
 def keep(path: Path, shot: bytes) -> None:

@@ -11,8 +11,8 @@ from test_explorer import stored
 from tiny_explorer import make_parts
 
 from patchsae.explorer import Explorer
-from patchsae.explorer.blocks import picture_block
 from patchsae.explorer.data import group_latents, image_values, patch_map
+from patchsae.explorer.gallery import picture_block
 
 PIXELS = """name => { const c = document.querySelector(`[data-part="${name}"]`);
   return c.width + ' ' + c.toDataURL(); }"""
@@ -48,12 +48,19 @@ def drawn(page) -> dict:
     return page.evaluate("() => JSON.parse(window.seen)")
 
 
+def go(page, address: str) -> dict:
+    """Follow a link to an address of the explorer's."""
+    page.evaluate("address => { location.hash = address; }", address)
+    return drawn(page)
+
+
 @pytest.fixture
 def opened(visit, page_file):
     """Open the page; whatever it asks of a network, and every error in it, fails the test."""
     page, wrong = visit(page_file, width=1100)
     page.set_default_timeout(10_000)
     drawn(page)
+    go(page, "image=0")
     yield page
     assert wrong == []
 
@@ -256,7 +263,7 @@ def test_a_map_shows_on_black_and_on_white(visit, parts, tmp_path, ground):
 def test_a_reader_is_told_what_is_what(opened, parts):
     grid = parts.models[0].backbone.grid
     click_patch(opened, 2, 3, grid)
-    assert opened.locator('.px [data-part="gallery"] h4').all_inner_texts() == ["General"]
+    assert opened.locator('.px [data-part="gallery"] .set').all_inner_texts() == ["General"]
     names = ["Common", "Only CLIP", "Only MaPLe"]
     assert part(opened, "legend").locator("span").all_inner_texts() == [*names, "on no list"]
     for name, group in zip(names, lists(opened), strict=True):
@@ -281,7 +288,8 @@ def test_the_keyboard_reaches_everything(opened, parts):
     opened.keyboard.press("Enter")
     assert drawn(opened)["image"] == 1
     opened.keyboard.press("Tab")  # the gallery is one stop
-    assert opened.evaluate("() => document.activeElement.dataset.part") == "model"
+    assert opened.evaluate("() => document.activeElement.dataset.part") == "image"
+    part(opened, "model").focus()
     opened.keyboard.press("ArrowDown")
     assert drawn(opened)["adapted"] == 2
     part(opened, "image").focus()
@@ -293,6 +301,7 @@ def test_the_keyboard_reaches_everything(opened, parts):
     assert state["patch"] == columns + 1
     opened.keyboard.press("Escape")
     assert drawn(opened)["patch"] is None
+    part(opened, "model").focus()
     opened.keyboard.press("Tab")
     assert opened.evaluate("() => document.activeElement.className") == "latent"
     opened.keyboard.press("ArrowDown")
@@ -393,6 +402,7 @@ def held(browser, page_file):
     gate.page.route("**/*.js", gate.pass_on)
     gate.page.goto(page_file.as_uri())
     drawn(gate.page)
+    go(gate.page, "image=0")
     yield gate
     gate.page.close()
 
@@ -488,7 +498,7 @@ def test_tab_leaves_the_gallery_from_any_of_its_images(opened):
     for _ in range(2):
         opened.keyboard.press("ArrowLeft")  # from the first to the last, and back by one
     opened.keyboard.press("Tab")
-    assert opened.evaluate("() => document.activeElement.dataset.part") == "model"
+    assert opened.evaluate("() => document.activeElement.dataset.part") == "image"
 
 
 def test_a_notice_stands_on_the_page(browser, parts, tmp_path):

@@ -106,7 +106,7 @@ def test_jupyterlab_answers_every_control_and_shows_images_of_the_users(lab, par
     drawn(page)
     gallery = len(parts.gallery)
     part(page, "path").fill(str(pixel_files[0]))
-    part(page, "own").locator("button").click()
+    part(page, "open").locator("button").click()
     assert drawn(page)["image"] == gallery
     same_as_static(2, None)
     patch = click_patch(page, 2, 3, parts.models[0].backbone.grid)["patch"]

@@ -13,8 +13,9 @@ from tiny_explorer import sparse_sae
 
 import patchsae as ps
 from patchsae.command import main
-from patchsae.explorer.blocks import read_activations, read_block, unpack
+from patchsae.explorer.blocks import read_activations, read_block
 from patchsae.explorer.data import group_latents, image_values
+from patchsae.explorer.packing import unpack
 
 
 @pytest.fixture(scope="module")

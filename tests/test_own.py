@@ -1,5 +1,7 @@
 """A person's own images, model and autoencoder in the chapters."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,9 @@ from PIL import Image
 from test_ablation import save_model
 
 from patchbook.chapters.opening import open_run
+from patchbook.parameters import check_parameters, read_notebook
 from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.stage import project_root
 from patchsae.sae.importers import export_saelens
 from patchsae.sae.model import SAE, Activation, SAEConfig
 
@@ -75,3 +79,19 @@ def test_topk_and_batchtopk_are_reached_by_name(model, pictures, tmp_path, kind)
     assert config(activation="relu") == plain
     with pytest.raises(PatchSAEError, match="activation='tpok' is unknown"):
         config(activation="tpok")
+
+
+@pytest.mark.parametrize("name", ["01_training", "02_statistics", "03_localization"])
+def test_the_chapters_of_one_model_take_them_and_hand_them_on(name):
+    notebook = project_root() / "notebooks" / f"{name}.ipynb"
+    values = {
+        "sae": "hf:me/mine",
+        "pictures": "photos",
+        "model": "timm:x",
+        "activation": "topk",
+        "active": "8",
+    }
+    assert check_parameters(notebook, values) == values | {"active": 8}
+    code = "\n".join(cell.source for cell in read_notebook(notebook).cells if cell.cell_type == "code")
+    (call,) = re.findall(r"^run = open_run\(\n(.*?)^\)", code, re.DOTALL | re.MULTILINE)
+    assert all(f"{name}={name}" in call for name in values)

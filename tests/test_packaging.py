@@ -192,7 +192,18 @@ def test_the_readmes_example_runs_from_a_wheel_without_the_clone(installed, tmp_
 def test_a_wheel_has_the_command_with_the_books_and_tells_its_types(installed, tmp_path):
     told = _outside(installed, tmp_path, "-m", "patchsae.command", "--help")
     names = {line.split()[0] for line in told.splitlines() if line.startswith("  ")}
-    assert names == {"run", "train", "prompts", "data", "import", "export", "explore", "check"}
+    assert names == {
+        "run",
+        "train",
+        "prompts",
+        "data",
+        "import",
+        "export",
+        "explore",
+        "check",
+        "push",
+        "pull",
+    }
     assert (installed / "patchsae" / "py.typed").is_file()
     assert os.access(installed / "bin" / "patchsae", os.X_OK)
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from patchsae.runs.errors import PatchSAEError
-from patchsae.sae.model import SAE, Loss, SAEConfig, geometric_median
+from patchsae.sae.model import SAE, Loss, SAEConfig
+from patchsae.training.starts import geometric_median
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from hub_server import TOKEN, serve
 
+from patchsae.command import main
 from patchsae.runs.errors import PatchSAEError
 from patchsae.sae.model import CONFIG, SAE, WEIGHTS, SAEConfig
 from patchsae.sae.sharing import CARD, model_card, pull, push
@@ -93,6 +94,16 @@ def test_what_is_damaged_is_neither_given_nor_taken(saved, tmp_path):
         with pytest.raises(PatchSAEError, match="holds no readable SAE"):
             act()
     assert not (tmp_path / "out").exists() and (kept / WEIGHTS).read_bytes() == whole
+
+
+def test_the_command_gives_and_brings_and_refuses_in_a_sentence(saved, tmp_path, capsys):
+    there, back = tmp_path / "there", tmp_path / "back"
+    assert main(["push", str(saved), str(there), "--licence", "mit"]) == 0
+    assert main(["pull", str(there), str(back)]) == 0
+    assert capsys.readouterr().out == f"{there}\n{back}\n"
+    assert parts((back / "README.md").read_text("utf-8"))[0]["license"] == "mit"
+    assert main(["pull", str(tmp_path / "nothing"), str(back)]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
 
 
 def ask(call: str, hub, home, token: str | None = TOKEN) -> subprocess.CompletedProcess:

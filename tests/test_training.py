@@ -14,9 +14,15 @@ from tiny import CONFIG, tiny_backbone, tiny_images
 
 from patchbook import train
 from patchsae.runs.errors import PatchSAEError
-from patchsae.sae.model import SAE, Loss, SAEConfig, geometric_median, geometric_median_images
+from patchsae.sae.model import SAE, Loss, SAEConfig
 from patchsae.sae.step import Execution, Stepper
-from patchsae.training.starts import BiasInit, initial_bias, initial_rows
+from patchsae.training.starts import (
+    BiasInit,
+    geometric_median,
+    geometric_median_images,
+    initial_bias,
+    initial_rows,
+)
 from patchsae.training.stream import TokenStream
 from patchsae.training.trainer import CHECKPOINT, TrainConfig, train_sae
 

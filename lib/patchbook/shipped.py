@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 
 from patchsae.clip.backbone import Backbone
 from patchsae.images.sets import ImageSet
+from patchsae.runs.artefacts import artefact
 from patchsae.runs.errors import PatchSAEError
-from patchsae.runs.stage import Stage, file_digest, jsonable, project_root, write_atomic, write_json
+from patchsae.runs.stage import Stage, digest, file_digest, jsonable, versioned, write_atomic, write_json
 from patchsae.sae.model import CONFIG, SAE, WEIGHTS, SAEConfig
 from patchsae.sae.sharing import CARD
 from patchsae.training.trainer import (
@@ -31,7 +32,6 @@ from patchsae.training.trainer import (
     Trained,
     read_metrics,
     train_sae,
-    training_digest,
     training_inputs,
     write_metrics,
 )  # fmt: skip
@@ -54,7 +54,7 @@ class Shipped(NamedTuple):
 
 def shelf() -> Path:
     """Return the folder of the artefacts."""
-    return project_root() / "artefacts" / "sae"
+    return artefact("sae")
 
 
 def read_index(folder: Path | None = None) -> dict[str, dict[str, str]]:
@@ -136,7 +136,7 @@ def find_or_train(
     """
     folder = folder or shelf()
     inputs = training_inputs(images, backbone, sae_config, config)
-    wanted = training_digest(images, backbone, sae_config, config)
+    wanted = digest(versioned(inputs, VERSION))
     names = [name for name, entry in read_index(folder).items() if entry["inputs"] == wanted]
     if not names:
         if expected and not Stage.open(root, "sae", inputs, version=VERSION).done:

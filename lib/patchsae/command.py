@@ -39,6 +39,7 @@ def explore(
     pretrained: str | None = None,
     block: int | None = None,
     gallery: int = 12,
+    classes: tuple[str, ...] = (),
     out: Path = Path("explorer.html"),
     results: Path = Path("results"),
     device: str = "cpu",
@@ -71,6 +72,8 @@ def explore(
         block whose output is decomposed, from 1 (None: the last but one)
     gallery
         pictures to choose from on the page, 1 or more
+    classes
+        names that the model chooses from (none: the folders')
     out
         the page, a file that ends in .html
     results
@@ -112,7 +115,7 @@ def explore(
         opened = lens.load_sae(sae, clip)
     else:
         opened = lens.train(clip, pictures, results, progress=not quiet, **{"expansion": 16} | training)
-    lens.explore(opened, pictures, results, gallery, progress=not quiet).save(page)
+    lens.explore(opened, pictures, results, gallery, not quiet, classes).save(page)
     print(f"{opened.sae.d_sae:,} latents on {len(pictures):,} pictures: open {page.resolve().as_uri()}")
     return 0
 
@@ -192,6 +195,42 @@ def export(source: Source, out: Out) -> int:
     return 0
 
 
+def push(folder: Source, to: Positional[str], *, licence: str | None = None, private: bool = False) -> int:
+    """Give an autoencoder to others with a model card: to the Hugging Face hub, or into a folder.
+
+    Parameters
+    ----------
+    folder
+        folder of an autoencoder that was trained or imported here
+    to
+        hf:organisation/name, or a folder
+    licence
+        of the weights, as the hub names it (None: the card's, or other)
+    private
+        make a repository that only you can see
+    """
+    from patchsae.sae import sharing
+
+    print(sharing.push(folder, to, licence, private))
+    return 0
+
+
+def pull(source: Positional[str], out: Out) -> int:
+    """Bring an autoencoder that others gave, checked: from the Hugging Face hub, or from a folder.
+
+    Parameters
+    ----------
+    source
+        hf:organisation/name, or a folder
+    out
+        folder where it goes
+    """
+    from patchsae.sae import sharing
+
+    print(sharing.pull(source, out))
+    return 0
+
+
 def check(folder: Positional[Path] = Path("results")) -> int:
     """Tell whether every finished result in and below a folder is as it was made.
 
@@ -200,9 +239,9 @@ def check(folder: Positional[Path] = Path("results")) -> int:
     folder
         of results
     """
-    from patchsae.runs.stage import damaged_results
+    from patchsae.runs.verify import verify_results
 
-    problems = damaged_results(folder)
+    problems = verify_results(folder)
     print("\n".join(problems) or f"{folder}: every finished result is as it was made")
     return int(bool(problems))
 
@@ -212,6 +251,8 @@ OWN: dict[str, Callable[..., int]] = {
     "data": data,
     "import": import_,
     "export": export,
+    "push": push,
+    "pull": pull,
     "check": check,
 }
 

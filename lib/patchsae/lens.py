@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -227,7 +228,12 @@ def show(found: Found, latent: int, images: int = 5) -> Figure:
 
 
 def explore(
-    lens: Lens, images: ImageSet, root: str | Path = RESULTS, gallery: int = 12, progress: bool = True
+    lens: Lens,
+    images: ImageSet,
+    root: str | Path = RESULTS,
+    gallery: int = 12,
+    progress: bool = True,
+    classes: Sequence[str] = (),
 ) -> Explorer:
     """Open the explorer on a set: which latents fire where on its pictures, and what else they fire on.
 
@@ -235,18 +241,20 @@ def explore(
     `root` holds is read.
 
     gallery : pictures to choose from, taken at even steps through the set (all, if there are fewer)
+    classes : names that the model is asked to choose from; none takes the set's
 
     Raises
     ------
     PatchSAEError : gallery is not a number above 0; as `describe` and `write_blocks`.
     """
-    from patchsae.explorer import Explorer, ReferenceSet, Shown, write_blocks
+    from patchsae.explorer import Explorer, Pictures, ReferenceSet, Shown, write_blocks
 
     if isinstance(gallery, bool) or not isinstance(gallery, int | np.integer) or gallery < 1:
         raise PatchSAEError(f"gallery={gallery!r} must be a whole number above 0.")
     found = describe(lens, images, root, progress)
     steps = np.linspace(0, len(images) - 1, min(gallery, len(images))).round().astype(int)
     models, title = [Shown(lens.clip.name, lens.clip)], images.name
-    sets, shown = [ReferenceSet(title, found.atlas, images)], [(title, images.subset(steps))]
+    sets = [ReferenceSet(title, found.atlas, images)]
+    shown = [Pictures(title, images.subset(steps), classes=tuple(classes))]
     folder = write_blocks(lens.sae, lens.name, models, shown, sets, root, progress=progress)
     return Explorer(folder, lens.sae, lens.name, models)

@@ -15,6 +15,7 @@ import pickle
 import random
 import shutil
 import struct
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -303,7 +304,7 @@ def pickles(count: int, seed: int, folder: Path) -> Tally:
     return tally
 
 
-OPERATIONS = (("fsync", os), ("replace", os), ("close", os), ("mkdir", os), ("unlink", os))
+OPERATIONS = (("mkstemp", tempfile), ("fsync", os), ("replace", os), ("mkdir", os), ("unlink", os))
 
 
 @contextlib.contextmanager
@@ -347,9 +348,9 @@ def failing_disks(folder: Path, every: int = 1) -> Tally:
         for at in range(0, total, every):
             root, left = folder / f"{number}-{at}", [at]
 
-            def fail(name: str, _: tuple, left=left, number=number) -> None:
+            def fail(*_: object, left=left, number=number) -> None:
                 left[0] -= 1
-                if left[0] == -1 and name != "close":
+                if left[0] == -1:
                     raise OSError(number, os.strerror(number))
 
             def run(root=root, fail=fail) -> bool:
@@ -403,7 +404,7 @@ def power_losses(folder: Path, every: int = 1) -> Tally:
         root, durable, left = folder / f"{at}", Durable(), [at]
         root.mkdir()
 
-        def cut(name: str, _: tuple, left=left) -> None:
+        def cut(*_: object, left=left) -> None:
             left[0] -= 1
             if left[0] == -1:
                 raise PowerLost

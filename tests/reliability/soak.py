@@ -23,7 +23,8 @@ from kills import notebooks, trainings  # noqa: E402
 from patchsae.runs.stage import git_commit, machine, write_json  # noqa: E402
 
 MEMORY = Path("/dev/shm")
-COUNTS = {images: 5000, checkpoints: 3000, stages: 1000, pickles: 1000, notebooks: 12, trainings: 4}
+COUNTS = {images: 5000, checkpoints: 3000, stages: 1000, pickles: 1000}
+KILLS = {notebooks: 12, trainings: 4}
 
 
 def training(hours: float, folder: Path) -> dict[str, float]:
@@ -84,18 +85,24 @@ def main() -> int:
         row = {"attack": attack.__name__, "about": attack.__doc__.split("\n")[0], **tally}
         rows.append(row | {"seconds": round(time.monotonic() - started, 1), "examples": tally.examples})
         print(rows[-1], flush=True)
+        write({})  # what is done is kept when the rest is stopped
 
+    def write(trained: dict[str, float]) -> None:
+        seconds = round(time.monotonic() - began, 1)
+        write_json(options.out, facts | {"seconds": seconds, "attacks": rows, "training": trained})
+
+    command = " ".join(["python tests/reliability/soak.py", *sys.argv[1:]])
+    facts = {"command": command, "commit": git_commit(), "machine": machine(), "seed": options.seed}
     os.environ["PATCHSAE_CACHE"] = tempfile.mkdtemp()
     for attack, count in COUNTS.items():
         keep(attack, max(1, round(count * options.share)), options.seed)
-    keep(failing_disks)
-    keep(power_losses)
+    for attack in (failing_disks, power_losses):
+        keep(attack)
+    for attack, count in KILLS.items():
+        keep(attack, max(1, round(count * options.share)), options.seed)
     with tempfile.TemporaryDirectory() as folder:
         trained = training(options.hours, Path(folder)) if options.hours else {}
-    command = " ".join(["python tests/reliability/soak.py", *sys.argv[1:]])
-    facts = {"command": command, "commit": git_commit(), "machine": machine(), "seed": options.seed}
-    seconds = round(time.monotonic() - began, 1)
-    write_json(options.out, facts | {"seconds": seconds, "attacks": rows, "training": trained})
+    write(trained)
     return int(any(row["garbage"] or row["traceback"] for row in rows))
 
 

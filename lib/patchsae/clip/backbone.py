@@ -266,13 +266,12 @@ def load_backbone(name, pretrained=None, *, block, device="cpu", dtype=torch.flo
     pretrained : for a model name, a tag (`openai`, fetched by open_clip), a file
         (safetensors, state dict, OpenAI's TorchScript archive ViT-B-16.pt), or None for random
         weights, which follow torch.manual_seed. Nothing is unpickled that could run code.
-    block : counted from 1; 0 is the input of the first
     dtype : what the weights are converted to, whatever they are stored in
 
     Raises
     ------
-    PatchSAEError : an unknown name or tag; a missing, damaged or misfitting file; a block out of range;
-        weights that the model would run with the wrong GELU (facts.md §3).
+    PatchSAEError : an unknown name, tag or block; a missing, damaged or misfitting file; the wrong GELU for
+        the weights (facts.md §3).
     """
     dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
@@ -309,12 +308,9 @@ def zero_shot_weights(
     Each prompt's embedding is normalised first. Equal class names stay separate rows. Underscores in names
     become spaces.
 
-    Parameters
-    ----------
-    templates : strings with `{}` where the class name goes
-    renormalize : normalise the mean again, as open_clip does; False is the released patchsae code,
-        where classes with dispersed prompts get shorter vectors (facts.md §3)
-    batch_size : prompts per forward pass
+    Templates are strings with `{}` where the class name goes; `batch_size` counts prompts per forward pass.
+    With `renormalize` the mean is normalised again, as open_clip does; without, as in the released patchsae
+    code, classes with dispersed prompts get shorter vectors (facts.md §3).
 
     Raises
     ------

@@ -4,8 +4,19 @@ What is shown is computed here as plain arrays, kept as blocks on disk, and draw
 Another chart, list or way to choose on that page belongs here, and so does another way to save it.
 """
 
+from patchsae.explorer.answers import Change, Pictures
 from patchsae.explorer.blocks import ReferenceSet, Shown, write_blocks
 from patchsae.explorer.data import ExplorerConfig
+from patchsae.explorer.names import Vocabulary
 from patchsae.explorer.widget import Explorer
 
-__all__ = ["Explorer", "ExplorerConfig", "ReferenceSet", "Shown", "write_blocks"]
+__all__ = [
+    "Change",
+    "Explorer",
+    "ExplorerConfig",
+    "Pictures",
+    "ReferenceSet",
+    "Shown",
+    "Vocabulary",
+    "write_blocks",
+]

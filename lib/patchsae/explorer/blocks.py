@@ -7,8 +7,6 @@ float32, as computed; masks of reference images alone are rounded, to 1/255 of t
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -19,43 +17,34 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
-from PIL import Image
-from torch import Tensor
 
 from patchsae.clip.backbone import Backbone
+from patchsae.explorer.answers import Pictures
 from patchsae.explorer.data import (
-    BATCH,
     Activations,
     ExplorerConfig,
     References,
-    activations,
     atlas_digest,
-    encode_images,
     fires_on_nearly_everything,
     misfit,
-    picked,
     references,
     statistics,
 )
-from patchsae.images.sets import ImageSet
+from patchsae.explorer.gallery import Shown, texts_of, write_gallery
+from patchsae.explorer.names import Vocabulary, labels_as_words, name_latents
+from patchsae.explorer.packing import COLUMNS, pack, unpack
+from patchsae.explorer.references import CELLS, LATENTS, Looks, write_references
+from patchsae.explorer.relations import fires_on, leading_class, near_block
+from patchsae.explorer.weights import worker_source, write_model
+from patchsae.images.sets import ImageSet, short_hash
 from patchsae.runs.errors import PatchSAEError
-from patchsae.runs.progress import progress_bar
 from patchsae.runs.stage import Stage, write_atomic, write_json
 from patchsae.sae.model import SAE
 
-FORMAT = 3
-VERSION = 1  # raised when the same inputs give other blocks of the same format
+FORMAT = 4
+VERSION = 2  # raised when the same inputs give other blocks of the same format
 INDEX = "index.json"
-LATENTS = 64  # latents per block of references
-CELLS, COLUMNS = 30, 10  # reference images per sheet, and side by side on it
 LIMIT = 2_000_000  # bytes of a block
-
-
-class Shown(NamedTuple):
-    """A model that can be chosen."""
-
-    title: str
-    backbone: Backbone
 
 
 class ReferenceSet(NamedTuple):
@@ -70,11 +59,12 @@ def write_blocks(
     sae: SAE,
     sae_hash: str,
     models: Sequence[Shown],
-    gallery: Sequence[tuple[str, ImageSet]],
+    gallery: Sequence[Pictures],
     sets: Sequence[ReferenceSet],
     root: str | Path,
     config: ExplorerConfig | None = None,
     progress: bool = True,
+    vocabulary: Vocabulary | None = None,
 ) -> Path:
     """Write everything that a page shows, or find it again; return its folder `root/explorer-<hash>`.
 
@@ -84,16 +74,18 @@ def write_blocks(
     ----------
     sae_hash : names the SAE, as in `make_atlas`
     models : one alone, or CLIP first and then the adapted models to compare it with
-    gallery : titles and image sets, all of whose images can be picked
+    gallery : image sets, all of whose images can be picked, with the classes that models choose from
     sets : the first set's atlas gives every latent's statistics; an atlas that does not fit is left out
         and named in a message that the explorer shows
+    vocabulary : words to name latents by; None takes the class names of the first set, if it has two
 
     Raises
     ------
     PatchSAEError : no model, models of different blocks or grids, or an empty gallery.
     """
     config, clip = config or ExplorerConfig(), _checked(models)
-    if not sum(len(images) for _, images in gallery):
+    gallery = [Pictures(*one) for one in gallery]
+    if not sum(len(one.images) for one in gallery):
         raise PatchSAEError("the explorer's gallery has no image; give at least one image set.")
     notices = [misfit(one.atlas, sae, sae_hash, clip, one.images) for one in sets]
     fitting = [one for one, notice in zip(sets, notices, strict=True) if not notice]
@@ -103,8 +95,10 @@ def write_blocks(
         "sae": sae_hash,
         "weights": sae.fingerprint(),
         "models": [[model.title, model.backbone.fingerprint()] for model in models],
-        "gallery": [[title, images.fingerprint()] for title, images in gallery],
+        "gallery": [[one.title, one.images.fingerprint(), *one[2:]] for one in gallery],
         "sets": [[one.title, atlas_digest(one.atlas), one.images.fingerprint()] for one in sets],
+        "words": vocabulary
+        and [*vocabulary[:2], vocabulary.images.fingerprint(), digest(vocabulary.shows)],
         "config": config,
     }
     stage = Stage.open(root, "explorer", inputs, version=VERSION)
@@ -112,21 +106,47 @@ def write_blocks(
     def make() -> None:
         write = partial(_write, stage.path)
         found = [references(one.atlas, config.references) for one in fitting]
-        write("names", lambda: {"sets": [list(one.images.classnames) for one in fitting]})
+        texts, why = texts_of(models, gallery)
+        if why:
+            notices.append(why)
+        write(
+            "names",
+            lambda: {
+                "sets": [list(one.images.classnames) for one in fitting],
+                "classes": [list(one.names) for one in gallery],
+            },
+        )
         write("latents", lambda: _latents(sae, general, config))
-        _write_references(write, sae, clip, fitting, found, config, progress)
-        captions = _write_gallery(write, sae, models, gallery, config, progress)
+        looks = write_references(write, sae, clip, fitting, found, config, progress)
+        words = None if why else vocabulary or _own_vocabulary(fitting, found, config.judged)
+        write("labels", lambda: _labels(sae, clip, found, looks, words, progress))
+        fires = None if general is None else fires_on(general, sae.d_sae)
+        for chunk, first in enumerate(range(0, sae.d_sae, LATENTS)):
+            write(f"near-{chunk}", partial(near_block, sae, fires, first))
+        left_out = fires_on_nearly_everything(general, config.frequent, sae.d_sae)
+        atlases = {one.title: one.atlas for one in fitting}
+        captions, opening = write_gallery(
+            write, sae, models, gallery, texts, atlases, left_out, config, progress
+        )
+        engine, reason = write_model(stage.path, sae, models, texts)
         index = {
             "format": FORMAT,
+            "engine": engine,
+            "no_engine": reason,
             "folder": stage.path.name,
             "sae": sae_hash,
             "weights": sae.fingerprint(),
             "latents": sae.d_sae,
             "grid": list(clip.grid),
             "size": clip.image_size,
+            "groups": [
+                {"title": one.title, "templates": list(one.templates), "asked": row[0] is not None}
+                for one, row in zip(gallery, texts, strict=True)
+            ],
             "models": [model.title for model in models],
             "backbones": [model.backbone.fingerprint() for model in models],
             "gallery": captions,
+            "first": opening and opening._asdict(),
             "sets": [
                 {"title": one.title, "images": len(one.images), "shown": len(refs.images)}
                 for one, refs in zip(fitting, found, strict=True)
@@ -137,6 +157,7 @@ def write_blocks(
             "chunk": LATENTS,
             "cells": CELLS,
             "columns": COLUMNS,
+            "named": words is not None and looks is not None,
             "notices": [notice for notice in notices if notice],
         }
         write_json(stage.path / INDEX, index)
@@ -160,37 +181,8 @@ def _checked(models: Sequence[Shown]) -> Backbone:
     return clip
 
 
-def pack(array: np.ndarray) -> dict[str, str]:
-    """Encode an array for a block: whole numbers ≥ 0 in as few bytes as hold them, others as float32."""
-    if array.dtype.kind in "iub":
-        largest = int(array.max(initial=0))
-        kind = next(f"u{size}" for size in (1, 2, 4) if largest < 256**size)
-    else:
-        kind = "f4"
-    content = np.ascontiguousarray(array).astype(f"<{kind}").tobytes()
-    return {"t": kind, "b": base64.b64encode(content).decode()}
-
-
-def unpack(packed: dict[str, str]) -> np.ndarray:
-    """Decode what `pack` encoded."""
-    return np.frombuffer(base64.b64decode(packed["b"]), f"<{packed['t']}")
-
-
-def activation_block(found: Activations) -> dict[str, Any]:
-    """Return one image under one model as a block."""
-    return {name: pack(array) for name, array in found._asdict().items()}
-
-
-def picture_block(picture: Image.Image) -> dict[str, str]:
-    """Return an image, as the model sees it, as a block."""
-    return {"picture": data_uri(picture, 90)}
-
-
-def data_uri(picture: Image.Image, quality: int) -> str:
-    """Encode a picture as WebP inside a URI."""
-    stream = io.BytesIO()
-    picture.save(stream, "WEBP", quality=quality)
-    return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()
+def digest(known: np.ndarray) -> str:
+    return short_hash([list(known.shape), np.packbits(known).tolist()])
 
 
 def check_block(path: Path) -> Any:
@@ -204,10 +196,14 @@ def check_block(path: Path) -> Any:
     OSError, ValueError : it is missing; it is no call of `receive` alone, with its own folder and name and
         JSON.
     """
-    text, (head, tail) = path.read_text(encoding="utf-8"), _call(path.parent.name, path.stem)
+    raw, (head, tail) = path.read_bytes(), _call(path.parent.name, path.stem)
+    text = raw.decode("utf-16" if raw.startswith(b"\xff\xfe") else "utf-8")  # weights are the former
     if not (text.startswith(head) and text.endswith(tail)):
         raise ValueError("it does more than hand over data")
-    return json.loads(text[len(head) : -len(tail)])
+    found = json.loads(text[len(head) : -len(tail)], strict=False)  # weights are any characters
+    if path.stem == "engine" and found.get("source") != worker_source():
+        raise ValueError("the program in it is not this version's")
+    return found
 
 
 def _call(folder: str, name: str) -> tuple[str, str]:
@@ -268,102 +264,32 @@ def _latents(sae: SAE, atlas: xr.Dataset | None, config: ExplorerConfig) -> dict
     return {"left_out": pack(left_out)} | {name: pack(array) for name, array in shown.items()}
 
 
-def _write_gallery(write, sae, models, gallery, config, progress) -> list[dict[str, str]]:
-    images = picked([images for _, images in gallery])
-    titles = [title for title, images in gallery for _ in range(len(images))]
-    captions = []
-    for (image_set, index), title in zip(images, titles, strict=True):
-        captions.append({"title": image_set.classnames[image_set.labels[index]], "set": title})
-    pictures = [_picture(image_set.load([index]).images[0]) for image_set, index in images]
-    write("gallery", lambda: {"sheet": data_uri(_sheet(pictures, config.thumbnail), 85)})
-    for number, picture in enumerate(pictures):
-        write(f"image-{number}", partial(picture_block, picture))
-    jobs = progress_bar(list(enumerate(models)), desc="gallery under every model", shown=progress)
-    for m, model in jobs:
-        number = 0
-        for _, image_set in gallery:
-            for found in encode_images(sae, model.backbone, image_set, range(len(image_set))):
-                write(f"acts-{number}-{m}", partial(activation_block, found))
-                number += 1
-    return captions
+def _labels(
+    sae: SAE, clip: Backbone, found: list[References], looks: Looks | None, vocabulary: Vocabulary | None,
+    progress: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the names of latents with their proof, and the class that each leads to in every set."""
+    block: dict[str, Any] = {"leading": [pack(leading_class(refs)) for refs in found]}
+    if vocabulary is None or looks is None:
+        return block
+    living = (found[0].index >= 0).any(0)
+    named = name_latents(sae, clip, looks.mean, living, vocabulary, looks.tokens, progress)
+    return block | {
+        "words": list(vocabulary.words),
+        "word": pack(named.word + 1),
+        "auroc": pack(named.auroc),
+        "others": pack(named.others),
+        "proven": pack(named.proven),
+    }
 
 
-def _picture(pixels: Tensor) -> Image.Image:
-    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
-
-
-def _sheet(pictures: Sequence[Image.Image], side: int) -> Image.Image:
-    """Lay pictures out side by side, COLUMNS in a row."""
-    columns = min(COLUMNS, len(pictures))
-    sheet = Image.new("RGB", (columns * side, -(-len(pictures) // COLUMNS) * side))
-    for cell, picture in enumerate(pictures):
-        place = (cell % COLUMNS * side, cell // COLUMNS * side)
-        sheet.paste(picture.resize((side, side), Image.Resampling.BICUBIC), place)
-    return sheet
-
-
-Maps = dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]  # (rank, latent): patches, activations
-
-
-def _write_references(write, sae, clip, sets, found, config, progress) -> None:
-    encoded = []
-    for number, (one, refs) in enumerate(zip(sets, found, strict=True)):
-        maps: Maps = {}
-        with progress_bar(total=len(refs.images), desc=f"references of {one.title}", shown=progress) as bar:
-            for page, first in enumerate(range(0, len(refs.images), CELLS)):
-                cells = refs.images[first : first + CELLS]
-                pixels = one.images.load(cells).images
-                write(f"sheet-{number}-{page}", partial(_reference_sheet, pixels, config.thumbnail))
-                maps |= _reference_maps(sae, clip, refs, cells, pixels)
-                bar.update(len(cells))
-        encoded.append(maps)
-    for chunk, first in enumerate(range(0, sae.d_sae, LATENTS)):
-        latents = range(first, min(first + LATENTS, sae.d_sae))
-        parts = list(zip(found, encoded, strict=True))
-        write(f"refs-{chunk}", lambda latents=latents, parts=parts: _reference_block(latents, parts))
-
-
-def _reference_sheet(pixels: Tensor, side: int) -> dict[str, str]:
-    return {"sheet": data_uri(_sheet([_picture(one) for one in pixels], side), 80)}
-
-
-def _reference_maps(sae: SAE, clip: Backbone, refs: References, cells: np.ndarray, pixels: Tensor) -> Maps:
-    """Compute where each latent fires on those of its reference images that are among the cells."""
-    maps: Maps = {}
-    shown = [one for batch in pixels.split(BATCH) for one in activations(sae, clip, batch)]
-    for index, image in zip(cells, shown, strict=True):
-        for rank, latent in zip(*np.nonzero(refs.index == index), strict=True):
-            row = int(np.searchsorted(image.latent, latent))
-            # another batch may round a latent's faintest activation to none
-            if row < len(image.latent) and image.latent[row] == latent:
-                entries = slice(image.start[row], image.start[row + 1])
-                maps[int(rank), int(latent)] = image.patch[entries], image.value[entries]
-    return maps
-
-
-def _reference_block(latents: range, parts: Sequence[tuple[References, Maps]]) -> dict[str, Any]:
-    """Return the references of some latents: arrays run over latents, and over ranks inside a latent."""
-    block = []
-    for refs, maps in parts:
-        here = np.s_[:, latents.start : latents.stop]
-        index = refs.index[here].T.ravel()
-        start, patches, weights = [0], [], []
-        for latent in latents:
-            rows = [
-                maps.get((rank, latent), (np.zeros(0, int), np.zeros(0))) for rank in range(len(refs.index))
-            ]
-            peak = max((value.max(initial=0) for _, value in rows), default=0)
-            for patch, value in rows:
-                patches.append(patch)
-                weights.append(np.rint(255 * value / max(peak, 1e-12)).astype(np.uint8))
-                start.append(start[-1] + len(patch))
-        block.append({
-            # 0 is no image, so that the array has no sign
-            "cell": pack(np.where(index >= 0, np.searchsorted(refs.images, index) + 1, 0)),
-            "value": pack(refs.value[here].T.ravel()),
-            "label": pack(np.maximum(refs.label[here].T.ravel(), 0)),
-            "start": pack(np.array(start)),
-            "patch": pack(np.concatenate(patches)),
-            "weight": pack(np.concatenate(weights)),
-        })  # fmt: skip
-    return {"sets": block}
+def _own_vocabulary(
+    sets: Sequence[ReferenceSet], found: list[References], judged: int
+) -> Vocabulary | None:
+    """Take the class names of the first set, judged on pictures of it that are no latent's reference."""
+    if not sets or len(sets[0].images.classnames) < 2:
+        return None
+    others = np.setdiff1d(np.arange(len(sets[0].images)), found[0].images)
+    if len(others) > judged:
+        others = np.sort(np.random.default_rng(0).permutation(others)[:judged])
+    return labels_as_words(sets[0].images.subset(others))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,9 +35,13 @@ class ExplorerConfig:
     """Reference images shown per latent and data set."""
     thumbnail: int = 96
     """Side of a reference image in pixels."""
+    answered: int = 16
+    """Strongest latents of a picture without each of which every model's answer is kept."""
+    judged: int = 500
+    """Most pictures that names are judged on, where no vocabulary brings its own."""
 
     def __post_init__(self):
-        for name in ("top", "references", "thumbnail"):
+        for name in ("top", "references", "thumbnail", "answered", "judged"):
             if getattr(self, name) < 1:
                 raise PatchSAEError(f"{name}={getattr(self, name)} must be at least 1.")
         if not 0 <= self.frequent <= 1:
@@ -56,15 +60,20 @@ class Activations(NamedTuple):
 
 @torch.no_grad()
 def activations(sae: SAE, backbone: Backbone, images: Tensor) -> list[Activations]:
-    """Encode images uint8 [B, 3, H, W] by one model.
+    """Encode images uint8 [B, 3, H, W] by one model, as `activations_of` its tokens."""
+    return activations_of(sae, backbone, backbone.residual(backbone.normalize(images)))
+
+
+@torch.no_grad()
+def activations_of(sae: SAE, backbone: Backbone, x: Tensor) -> list[Activations]:
+    """Encode the tokens [B, T, d] that a model has of B images.
 
     Prompt tokens count for nothing (facts.md §1.4). A latent active on CLS alone has a mean and no entries.
     """
     columns = token_columns(backbone, Tokens.ALL)
     kinds = backbone.token_kind[columns]
     number = np.where(kinds == "patch", np.cumsum(kinds == "patch") - 1, -1)
-    x = backbone.residual(backbone.normalize(images))[:, torch.from_numpy(columns).to(backbone.device)]
-    found = fired(sae, x.float())
+    found = fired(sae, x[:, torch.from_numpy(columns).to(backbone.device)].float())
     counts = np.diff(found.start)
     if len(counts):
         mean = np.add.reduceat(found.value.astype(np.float64), found.start[:-1]) / len(columns)
@@ -72,7 +81,7 @@ def activations(sae: SAE, backbone: Backbone, images: Tensor) -> list[Activation
         mean = np.zeros(0)
     row, patch = np.repeat(np.arange(len(counts)), counts), number[found.patch]
     shown = []
-    for image in range(len(images)):
+    for image in range(len(x)):
         rows = np.flatnonzero(found.image == image)
         kept = (found.image[row] == image) & (patch >= 0)
         entries = np.bincount(np.searchsorted(rows, row[kept]), minlength=len(rows))
@@ -83,14 +92,6 @@ def activations(sae: SAE, backbone: Backbone, images: Tensor) -> list[Activation
             )
         )  # fmt: skip
     return shown
-
-
-def encode_images(
-    sae: SAE, backbone: Backbone, images: ImageSet, indices: Iterable[int]
-) -> Iterable[Activations]:
-    """Yield what each of some images of a set activates, a few images in memory at a time."""
-    for batch in images.batches(BATCH, list(indices)):
-        yield from activations(sae, backbone, batch.images)
 
 
 def image_values(found: Activations, latents: int) -> np.ndarray:
@@ -219,15 +220,3 @@ def atlas_digest(atlas: xr.Dataset) -> str:
     for name in (*STATISTICS, "top_index", "top_value", "top_label"):
         content.update(np.ascontiguousarray(atlas[name].values).tobytes())
     return content.hexdigest()
-
-
-class Picked(NamedTuple):
-    """An image of a set, by its number there."""
-
-    images: ImageSet
-    index: int
-
-
-def picked(sets: Sequence[ImageSet]) -> list[Picked]:
-    """List all images of some sets, those of the first set first."""
-    return [Picked(images, index) for images in sets for index in range(len(images))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import re
@@ -15,19 +16,17 @@ from typing import Any
 from urllib.parse import quote
 
 import anywidget
+import numpy as np
+import torch
 import traitlets
 from PIL import Image
 from torch import Tensor
 
-from patchsae.explorer.blocks import (
-    INDEX,
-    Shown,
-    activation_block,
-    picture_block,
-    read_block,
-    read_index,
-)
-from patchsae.explorer.data import activations
+from patchsae.explorer.answers import TEMPLATE, Answerer, Change, class_vectors
+from patchsae.explorer.blocks import INDEX, read_block, read_index
+from patchsae.explorer.data import activations_of
+from patchsae.explorer.gallery import Shown, activation_block, picture_block
+from patchsae.explorer.packing import pack
 from patchsae.images.files import resize_and_crop
 from patchsae.images.reading import UnreadableImage, read_image
 from patchsae.runs.errors import PatchSAEError
@@ -37,9 +36,23 @@ from patchsae.sae.model import SAE
 STATIC = Path(__file__).parent / "static"
 SOURCE = "\n".join(  # one module, for neither anywidget nor a page from disk could load a second
     (STATIC / name).read_text(encoding="utf-8")
-    for name in ("numbers.js", "charts.js", "elements.js", "latents.js", "explorer.js")
+    for name in (
+        "numbers.js",
+        "engine.js",
+        "charts.js",
+        "elements.js",
+        "latents.js",
+        "naming.js",
+        "address.js",
+        "answering.js",
+        "board.js",
+        "card.js",
+        "frame.js",
+        "explorer.js",
+    )  # fmt: skip
 )
 PAGES = (".html", ".htm")
+KEPT = 24  # residual streams, and class vectors, that a live explorer keeps at hand
 
 
 class Explorer(anywidget.AnyWidget):
@@ -73,6 +86,8 @@ class Explorer(anywidget.AnyWidget):
             notices, live = [*notices, problem], False
         super().__init__(index=index | {"live": live, "notices": notices, "own": []})
         self._own: dict[int, Tensor] = {}
+        self._streams: dict[tuple[int, int], Tensor] = {}
+        self._texts: dict[tuple, Tensor] = {}
         self.on_msg(self._answer)
 
     def _misfit(self, index: dict[str, Any], sae_hash: str) -> str:
@@ -99,8 +114,11 @@ class Explorer(anywidget.AnyWidget):
         if number in self._own and kind == "image":
             return picture_block(Image.fromarray(self._own[number].permute(1, 2, 0).numpy()))
         if number in self._own and kind == "acts":
-            model = self.models[int(numbers[1])]
-            return activation_block(activations(self.sae, model.backbone, self._own[number][None])[0])
+            model = int(numbers[1])
+            tokens = self._tokens(number, model)
+            return activation_block(activations_of(self.sae, self.models[model].backbone, tokens)[0])
+        if number in self._own and kind == "answers":
+            return {"models": [], "order": pack(np.zeros(0, np.int64))}  # asked for one by one
         return read_block(self.folder, name)
 
     def add(self, source: str | Path | bytes, title: str = "", note: str = "") -> int:
@@ -122,10 +140,70 @@ class Explorer(anywidget.AnyWidget):
         self.send({"added": {"number": number, "caption": caption, "note": text}})
         return number
 
+    def _tokens(self, number: int, model: int) -> Tensor:
+        """Return the residual stream [1, T, d] of a picture; the last KEPT are at hand."""
+        if (number, model) not in self._streams:
+            pixels, backbone = self._own.get(number), self.models[model].backbone
+            if pixels is None:
+                uri = self.block(f"image-{number}")["picture"]
+                picture, _ = read_picture(base64.b64decode(uri.partition(",")[2]))
+                pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+            if len(self._streams) >= KEPT:
+                self._streams.pop(next(iter(self._streams)))
+            with torch.no_grad():
+                self._streams[number, model] = backbone.residual(backbone.normalize(pixels[None]))
+        return self._streams[number, model]
+
+    def answer(
+        self, image: int, model: int, change: Change | None = None, names: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """Return what a model answers to a picture under a change: its first classes and their shares.
+
+        names : classes to choose from; by default those of the picture's set, for a picture of the user's
+            those of the first set
+
+        Raises
+        ------
+        PatchSAEError : there are no models here, no such picture or model, fewer than two classes, or a
+            change that `Answerer` refuses.
+        """
+        if not self.index["live"]:
+            raise PatchSAEError("this explorer has no models: make it with sae, sae_hash and models.")
+        captions = [*self.index["gallery"], *self.index["own"]]
+        if not (0 <= image < len(captions) and 0 <= model < len(self.models)):
+            raise PatchSAEError(f"there is no picture {image} or no model {model}.")
+        caption, templates = captions[image], (TEMPLATE,)
+        group, label = caption.get("group", 0), -1 if names else caption.get("label", -1)
+        if not names:
+            names = self.block("names")["classes"][group]
+            templates = self.index["groups"][group]["templates"]
+        if len(names) < 2:
+            raise PatchSAEError("there is one class to choose from: type two names or more.")
+        key = (model, *names, *templates)
+        if key not in self._texts:
+            vectors = class_vectors(self.models[model].backbone, list(names), list(templates))
+            self._texts = {**self._texts, key: vectors} if len(self._texts) < KEPT else {key: vectors}
+        answerer = Answerer(self.sae, self.models[model].backbone)
+        found = answerer(self._tokens(image, model), self._texts[key], [change or Change()], label)
+        return {
+            "classes": [names[k] for k in found.klass[0]],
+            "share": [float(p) for p in found.share[0]],
+            "true": None if label < 0 else float(found.true[0]),
+        }
+
+    def _asked(self, content: dict[str, Any]) -> dict[str, Any]:
+        gains = {int(s): float(gain) for s, gain in content.get("gains", [])}
+        patch = content.get("patch")
+        change = Change(gains, float(content.get("rest", 1)), None if patch is None else int(patch))
+        names = [str(name) for name in content.get("names") or []]
+        return self.answer(int(content["image"]), int(content["model"]), change, names)
+
     def _answer(self, _: Any, content: dict[str, Any], buffers: Sequence[memoryview]) -> None:
         name = content.get("want")
         try:
-            if name is not None:
+            if "answer" in content:
+                self.send({"answered": content["answer"], "data": self._asked(content)})
+            elif name is not None:
                 self.send({"block": name, "data": self.block(str(name))})
             elif "path" in content:
                 self.add(str(content["path"]))
@@ -133,7 +211,10 @@ class Explorer(anywidget.AnyWidget):
                 self.add(bytes(buffers[0]), str(content["upload"]), str(content.get("note", "")))
         except Exception as error:  # an error in a callback would end in the log, unseen
             text = str(error) if isinstance(error, PatchSAEError) else f"{type(error).__name__}: {error}"
-            self.send({"problem": text} if name is None else {"block": name, "failed": text})
+            if "answer" in content:
+                self.send({"answered": content["answer"], "failed": text})
+            else:
+                self.send({"problem": text} if name is None else {"block": name, "failed": text})
 
     def html(self, base: str = "") -> str:
         """Return the explorer as part of a page.

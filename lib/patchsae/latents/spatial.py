@@ -31,6 +31,7 @@ def morans_i(found: Fired, grid: tuple[int, int]) -> np.ndarray:
 
 @compiled
 def moran(start, patch, value, rows, columns, out, first, last):
+    """Write Moran's I of rows first … last - 1 into `out`; `start` [R + 1] bounds each row's entries."""
     patches, table = rows * columns, np.zeros(rows * columns)
     weights = 2 * (rows * (columns - 1) + columns * (rows - 1))
     for row in range(first, last):

@@ -293,27 +293,6 @@ class Stage:
         return write_json(self.path / MANIFEST, manifest)
 
 
-def damaged_results(folder: str | Path) -> list[str]:
-    """Return a sentence on every finished result in and below a folder that is not as it was made.
-
-    Raises
-    ------
-    PatchSAEError : there is no such folder.
-    """
-    folder, problems = Path(folder), []
-    if not folder.is_dir():
-        raise PatchSAEError(f"There is no folder {folder}: give one that holds results.")
-    for path in sorted(folder.rglob(MANIFEST)):
-        stage = Stage(path.parent, path.parent.name.rpartition("-")[0], {}, 0.0)
-        try:
-            if stage.manifest is None:
-                raise PatchSAEError(f"{path} is damaged: delete {path.parent}, and it is made anew.")
-            stage._check_files()
-        except PatchSAEError as error:
-            problems.append(str(error))
-    return problems
-
-
 def _files(root: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
     found = {path for pattern in patterns for path in root.glob(pattern) if path.is_file()}
     return iter(sorted(path for path in found if "__pycache__" not in path.parts))

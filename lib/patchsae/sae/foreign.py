@@ -117,6 +117,12 @@ def _only_checkpoint(folder: Path) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Read a published file of names and values.
+
+    Raises
+    ------
+    PatchSAEError : it is missing, or no JSON of that kind.
+    """
     if not path.is_file():
         raise PatchSAEError(f"There is no {path}: keep the files of a published SAE in one folder.")
     return _parse_json(path, path.read_bytes())

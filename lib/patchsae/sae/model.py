@@ -4,102 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import numbers
-from dataclasses import asdict, dataclass, fields
-from enum import StrEnum
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from patchsae.runs.checks import check_counts, check_weights
-from patchsae.runs.errors import PatchSAEError, choose
-from patchsae.runs.stage import write_atomic, write_json
+from patchsae.runs.checks import check_weights
+from patchsae.runs.errors import PatchSAEError
+from patchsae.sae.config import Activation, InputNorm, Loss, SAEConfig
+from patchsae.sae.files import CONFIG, WEIGHTS, read_sae, write_sae
 
-WEIGHTS, CONFIG = "sae.safetensors", "sae.json"
-MOST_LATENTS = 2**31 - 1  # they are counted in 32 bits
-
-
-class Loss(StrEnum):
-    """What 'reconstruction error' means (facts.md §4.1)."""
-
-    MSE_OVER_NORM = "mse_over_norm"  # mean of (x̂ - x)² / ‖x‖: the released code, the unit of Table 2
-    SQUARED_ERROR = "squared_error"  # ‖x̂ - x‖²: Eq. 2 as printed
-
-
-class Activation(StrEnum):
-    """Which pre-activations survive as latents; all of them are non-negative."""
-
-    RELU = "relu"  # the positive ones: the paper
-    TOPK = "topk"  # the k largest of each token
-    BATCHTOPK = "batchtopk"  # the k·N largest of a training batch; above a fixed threshold afterwards
-    JUMPRELU = "jumprelu"  # those above a threshold of the latent's own; for imported weights
-
-
-class InputNorm(StrEnum):
-    """What is done to a token before the encoder and undone after the decoder; for imported weights."""
-
-    NONE = "none"
-    LAYER_NORM = "layer_norm"  # mean 0 and standard deviation 1 over dimensions
-    UNIT_RMS = "unit_rms"  # length √d_in
-
-
-@dataclass(frozen=True)
-class SAEConfig:
-    """Size and objective of a sparse autoencoder."""
-
-    d_in: int
-    """Width of the residual stream."""
-    expansion: float = 64
-    """Latents per input dimension: d_sae = expansion · d_in."""
-    activation: Activation = Activation.RELU
-    """Which pre-activations become latents."""
-    k: int = 0
-    """Active latents per token, for topk and batchtopk."""
-    loss: Loss = Loss.MSE_OVER_NORM
-    """Reconstruction term."""
-    l1: float = 8e-5
-    """Weight λ of the L1 penalty."""
-    ghost: bool = True
-    """Whether dead latents get ghost gradients."""
-    cls_weight: float = 1.0
-    """Weight of the CLS token's reconstruction error against a patch's."""
-    subtract_b_dec: bool = True
-    """Whether the encoder sees x - b_dec (the paper, footnote 2) or x."""
-    input_norm: InputNorm = InputNorm.NONE
-    """How tokens are normalised before the encoder."""
-
-    def __post_init__(self):
-        for name, kind in (("loss", Loss), ("activation", Activation), ("input_norm", InputNorm)):
-            choose(self, name, kind)
-        # a configuration may come from a file of anybody's, where 0 is not False and '64' no number
-        check_counts(d_in=self.d_in)
-        check_counts(0, k=self.k)
-        for name, least in (("expansion", 1e-9), ("l1", 0.0), ("cls_weight", 0.0)):
-            value = getattr(self, name)
-            real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-            if not real or not least <= value < float("inf"):
-                raise PatchSAEError(f"{name}={value!r} must be a finite number of at least {least}.")
-        for name in ("ghost", "subtract_b_dec"):
-            if not isinstance(getattr(self, name), bool):
-                raise PatchSAEError(f"{name}={getattr(self, name)!r} must be true or false.")
-        if not 0.5 < self.expansion * self.d_in <= MOST_LATENTS:  # 0.5 is rounded to none
-            raise PatchSAEError(
-                f"expansion={self.expansion} of d_in={self.d_in} makes no number of latents from 1 to "
-                f"{MOST_LATENTS}; give another."
-            )
-        if self.activation in (Activation.TOPK, Activation.BATCHTOPK) and not 1 <= self.k <= self.d_sae:
-            raise PatchSAEError(
-                f"activation='{self.activation}' needs k from 1 to {self.d_sae} latents; got k={self.k}."
-            )
-
-    @property
-    def d_sae(self) -> int:
-        return round(self.expansion * self.d_in)
+__all__ = ["CONFIG", "SAE", "WEIGHTS", "Activation", "InputNorm", "Loss", "Losses", "SAEConfig"]
 
 
 class Losses(NamedTuple):
@@ -301,11 +219,8 @@ class SAE(nn.Module):
 
     def save(self, folder: str | Path) -> Path:
         """Write weights (safetensors) and configuration (json) into `folder`, each atomically."""
-        folder = Path(folder)
-        weights = {name: w.cpu().contiguous() for name, w in self.state_dict().items()}
-        write_json(folder / CONFIG, asdict(self.config))
-        write_atomic(folder / WEIGHTS, lambda temporary: save_file(weights, temporary))
-        return folder
+        write_sae(Path(folder), self.config, self.state_dict())
+        return Path(folder)
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> SAE:
@@ -315,73 +230,12 @@ class SAE(nn.Module):
         ------
         PatchSAEError : a file is missing, damaged, of another format, or has weights that are not finite.
         """
-        folder = Path(folder)
-        try:
-            values = json.loads((folder / CONFIG).read_text("utf-8-sig"))
-            weights = load_file(folder / WEIGHTS, device=str(device))
-        except FileNotFoundError as error:
-            raise PatchSAEError(
-                f"'{error.filename or folder}' does not exist; train an SAE first "
-                f"(notebook 01_training) or give the folder of one."
-            ) from error
-        except (ValueError, RecursionError, SafetensorError) as error:  # the first of JSON and of UTF-8
-            raise PatchSAEError(
-                f"'{folder}' holds no readable SAE ({error}); delete the folder and train it again."
-            ) from error
-        known = {field.name for field in fields(SAEConfig)}
-        if not isinstance(values, dict) or set(values) != known:
-            other = known ^ set(values) if isinstance(values, dict) else known
-            raise PatchSAEError(
-                f"'{folder / CONFIG}' has other fields than this version's: "
-                f"{', '.join(sorted(other))}; train the SAE again."
-            )
-        try:
-            config = SAEConfig(**values)
-        except PatchSAEError as error:
-            raise PatchSAEError(f"'{folder / CONFIG}' is damaged: {error}") from error
-        there = tuple(weights["W_dec"].shape) if "W_dec" in weights else ()
-        if there != (config.d_sae, config.d_in):  # before an SAE of that size takes the memory
-            raise PatchSAEError(
-                f"'{folder / CONFIG}' describes {config.d_sae} latents of width {config.d_in}, but "
-                f"'{folder / WEIGHTS}' has W_dec of shape {list(there)}; train the SAE again."
-            )
+        config, weights = read_sae(Path(folder), device)
         sae = cls(config).to(device)
         expected = {name: tuple(w.shape) for name, w in sae.state_dict().items()}
         if (found := {name: tuple(w.shape) for name, w in weights.items()}) != expected:
             raise PatchSAEError(
-                f"'{folder / WEIGHTS}' has tensors {found}, not {expected}; train the SAE again."
+                f"'{Path(folder) / WEIGHTS}' has tensors {found}, not {expected}; train the SAE again."
             )
-        check_weights(f"'{folder / WEIGHTS}'", weights)
         sae.load_state_dict(weights)
         return sae
-
-
-def geometric_median_images(tokens: Tensor) -> Tensor:
-    """Find the released code's start of b_dec for tokens [I, T, d]: images, not tokens, are the points.
-
-    The geometric median of the images as vectors of length T·d is a token per position; their mean is
-    returned, [d] (facts.md §4.3).
-    """
-    if tokens.ndim != 3:
-        raise PatchSAEError(f"tokens must be [I, T, d]; got shape {tuple(tokens.shape)}.")
-    return geometric_median(tokens.flatten(1), tolerance=1e-20).view(tokens.shape[1:]).mean(0)
-
-
-def geometric_median(points: Tensor, iterations: int = 100, tolerance: float = 1e-7) -> Tensor:
-    """Find the point with the least sum of distances to `points` [N, d] by Weiszfeld's iteration.
-
-    Starts at the mean and stops when the objective falls by less than `tolerance` of itself
-    (facts.md §4.3). Returns [d].
-    """
-    if points.ndim != 2 or not len(points):
-        raise PatchSAEError(f"points must be [N, d] with N > 0; got shape {tuple(points.shape)}.")
-    centre, last = points.mean(0), torch.inf
-    for _ in range(iterations):
-        distance = (points - centre).norm(dim=-1).clamp(min=1e-6)
-        total = distance.sum().item()
-        if last - total <= tolerance * total:
-            break
-        last = total
-        weight = 1 / distance
-        centre = (points * weight[:, None]).sum(0) / weight.sum()
-    return centre

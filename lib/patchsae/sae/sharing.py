@@ -1,4 +1,8 @@
-"""An autoencoder given to others: its model card, and the way to the Hugging Face hub and back."""
+"""An autoencoder given to others: its model card, and the way to the Hugging Face hub and back.
+
+python -m patchsae.sae.sharing push FOLDER hf:organisation/name
+python -m patchsae.sae.sharing pull hf:organisation/name FOLDER
+"""
 
 from __future__ import annotations
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.ranks import Ranks
-from patchsae.sae.model import SAE, geometric_median, geometric_median_images
+from patchsae.sae.model import SAE
 from patchsae.training.stream import TokenStream
 
 if TYPE_CHECKING:  # training imports this module
@@ -72,3 +73,34 @@ def initial_rows(tokens: Tensor, centre: Tensor, rows: int, seed: int) -> Tensor
     points = points[points.norm(dim=-1) > 1e-6]  # one that is the centre has no direction
     drawn = torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))[:rows]
     return torch.nn.functional.normalize(points[drawn.to(points.device)], dim=-1)
+
+
+def geometric_median_images(tokens: Tensor) -> Tensor:
+    """Find the released code's start of b_dec for tokens [I, T, d]: images, not tokens, are the points.
+
+    The geometric median of the images as vectors of length T·d is a token per position; their mean is
+    returned, [d] (facts.md §4.3).
+    """
+    if tokens.ndim != 3:
+        raise PatchSAEError(f"tokens must be [I, T, d]; got shape {tuple(tokens.shape)}.")
+    return geometric_median(tokens.flatten(1), tolerance=1e-20).view(tokens.shape[1:]).mean(0)
+
+
+def geometric_median(points: Tensor, iterations: int = 100, tolerance: float = 1e-7) -> Tensor:
+    """Find the point with the least sum of distances to `points` [N, d] by Weiszfeld's iteration.
+
+    Starts at the mean and stops when the objective falls by less than `tolerance` of itself
+    (facts.md §4.3). Returns [d].
+    """
+    if points.ndim != 2 or not len(points):
+        raise PatchSAEError(f"points must be [N, d] with N > 0; got shape {tuple(points.shape)}.")
+    centre, last = points.mean(0), torch.inf
+    for _ in range(iterations):
+        distance = (points - centre).norm(dim=-1).clamp(min=1e-6)
+        total = distance.sum().item()
+        if last - total <= tolerance * total:
+            break
+        last = total
+        weight = 1 / distance
+        centre = (points * weight[:, None]).sum(0) / weight.sum()
+    return centre

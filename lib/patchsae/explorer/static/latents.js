@@ -54,7 +54,7 @@ function references(index, load) {
       }));
       const none = items.length ? [] : [element("p", { class: "small" }, "It is active on none of them.")];
       return element("div", { class: "references" },
-        element("div", {}, element("h4", {}, set.title), element("p", { class: "small" }, `${count(set.images)} images`)),
+        element("div", {}, element("p", { class: "set" }, set.title), element("p", { class: "small" }, `${count(set.images)} images`)),
         element("div", { class: "cells", style: `--columns:${Math.min(k, 4)};--side:${side}px` }, ...items, ...none));
     }));
   };

@@ -14,7 +14,7 @@
   }).folders);
   (folders[index.folder] ??= []).push(tell);
   const model = {
-    get: (key) => ({ index })[key],
+    get: (key) => ({ index, page: true })[key], // no kernel: the address and the page's own model are the explorer's
     on: (_, listener) => listeners.add(listener),
     off: (_, listener) => listeners.delete(listener),
     send({ want }) {
