@@ -22,11 +22,11 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-import nbformat
 import yaml
 
 from patchbook.executing import Executed, execute, with_text_of
 from patchbook.parameters import read_notebook
+from patchbook.publishing import publish
 from patchbook.reliability import write_page
 from patchbook.run import NotebookFailed
 from patchsae.runs.errors import PatchSAEError
@@ -44,6 +44,7 @@ from patchsae.runs.stopping import Stopped, end_with_parent, stoppable
 REPORT = "book/report"  # a page that is made here
 RELIABILITY = "book/reliability"  # another, from the last soak
 DIGEST = "book/digest.txt"  # and what the introduction includes of it, no page of its own
+CARD = "book/data_card"  # a page whose pictures are drawn here
 MATHJAX = "tex-svg-full.js"
 SMALL = "book/small.yml"  # parameters of each notebook for a build whose numbers mean nothing
 
@@ -67,8 +68,12 @@ def pages(root: Path) -> list[str]:
     return found
 
 
-def execute_notebooks(root: Path, build: Path, parameters: dict[str, dict]) -> dict[str, Executed]:
-    """Bring every executed notebook in book/notebooks up to date with its inputs; return them by name.
+def execute_notebooks(
+    root: Path, build: Path, parameters: dict[str, dict]
+) -> tuple[dict[str, Executed], list[dict]]:
+    """Bring every executed notebook in book/notebooks up to date with its inputs.
+
+    Returns them by name, and what their figures are (`patchbook.publishing.publish`).
 
     `parameters` of a notebook by its name; those not there keep the notebook's own.
     """
@@ -76,17 +81,12 @@ def execute_notebooks(root: Path, build: Path, parameters: dict[str, dict]) -> d
     # With other settings it is trained by whoever asks first, and the others wait.
     shipped = (root / "artefacts" / "sae" / "index.json").is_file() and not parameters
     executed = execute(root, build, list(found), parameters, shipped)
-    for name, page in found.items():
+    drawn: list[dict] = []
+    for name in found:
         source = read_notebook(root / "notebooks" / f"{name}.ipynb")
         told = with_text_of(read_notebook(executed[name].path), source)
-        place_text(nbformat.writes(told) + "\n", root / f"{page}.ipynb")
-    return executed
-
-
-def place_text(text: str, target: Path) -> None:
-    """Write a text where the book reads it, unless the same is there already."""
-    if not target.is_file() or target.read_text(encoding="utf-8") != text:
-        write_atomic(target, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        drawn += publish(told, root / "notebooks" / f"{name}.ipynb", root / "book")
+    return executed, drawn
 
 
 def place(source: Path, target: Path) -> None:
@@ -130,23 +130,37 @@ def bring_blocks(root: Path) -> None:
             shutil.rmtree(stale)
 
 
-def write_report(root: Path, build: Path, executed: dict[str, Executed]) -> None:
+def write_report(root: Path, build: Path, executed: dict[str, Executed], drawn: list[dict]) -> None:
     """Make the reproduction report's page, its digest and report.json in `build`, unless up to date."""
     rows, page, told = build / "report.json", build / "report.md", build / "digest.txt"
     notebooks = tree_digests(root, "book/notebooks/*.ipynb")
-    inputs = digest({"notebooks": notebooks, "writer": file_digest(root / "book" / "report.py")})
+    written_by = tree_digests(root, "book/report.py", "lib/patchbook/*.py")
+    inputs = digest({"notebooks": notebooks, "writer": written_by})
     done = (
         all(map(Path.is_file, (rows, page, told))) and json.loads(rows.read_text()).get("inputs") == inputs
     )
     if not done:
         import report  # it waits for torch, which a build without changes need not
 
-        found = report.gather(root, {name: one.manifest for name, one in executed.items()})
+        manifests = {name: one.manifest for name, one in executed.items()}
+        found = report.gather(root, manifests, drawn)
         report.write_page(root, found, page)
         report.write_digest(found, told)
         write_json(rows, found | {"inputs": inputs})
     place(page, root / f"{REPORT}.md")
     place(told, root / DIGEST)
+
+
+def bring_card(root: Path) -> None:
+    """Draw the pictures of the data card, unless they were drawn by the same code."""
+    folder = root / "book" / "_static" / "card"
+    made_by = digest({"code": tree_digests(root, "book/card.py", "lib/patchbook/scenes/*.py")})
+    record = folder / "inputs.txt"
+    if not (record.is_file() and record.read_text() == made_by):
+        import card  # it waits for torch, which a build without changes need not
+
+        card.draw_card(root / "book")
+        write_atomic(record, lambda temporary: temporary.write_text(made_by))
 
 
 def render(root: Path, build: Path) -> Path:
@@ -226,11 +240,13 @@ def main() -> int:
         build = root / "_build" / "small" / "_build" if small else root / "_build"
         parameters = yaml.safe_load((root / SMALL).read_text(encoding="utf-8")) if small else {}
         with stoppable(), alone(root):
-            executed = execute_notebooks(root, build, parameters)
+            executed, drawn = execute_notebooks(root, build, parameters)
             bring_mathjax(root)
             bring_blocks(root)
+            if CARD in pages(root):
+                bring_card(root)
             if REPORT in pages(root):
-                write_report(root, build, executed)
+                write_report(root, build, executed, drawn)
             if RELIABILITY in pages(root):
                 place(write_page(root, build / "reliability.md"), root / f"{RELIABILITY}.md")
             index = render(root, build)

@@ -26,6 +26,13 @@ MATH = """() => ({
 })"""
 
 
+# Of each figure: points of its smallest text, its inches, and the pixels it is shown at.
+FIGURES = """() => [...document.querySelectorAll('main figure.drawn')].filter(f => f.dataset.smallest)
+  .map(f => ({points: +f.dataset.smallest, inches: +getComputedStyle(f).getPropertyValue('--inches'),
+              width: f.querySelector('img').getBoundingClientRect().width,
+              alt: f.querySelector('img').alt, room: f.clientWidth}))"""
+
+
 def settle_math(page) -> None:
     """Wait until MathJax has typeset what the page held."""
     if page.evaluate("() => document.querySelectorAll('.math').length"):
@@ -119,17 +126,16 @@ def test_every_verdict_of_the_report_can_be_read(visit, html, theme):
     page, _ = visit(html / "book" / "report.html")
     page.evaluate("theme => { document.documentElement.dataset.theme = theme; }", theme)
     page.wait_for_timeout(400)
-    seen = page.evaluate(CONTRAST, "table.rows .sd-badge")
+    seen = page.evaluate(CONTRAST, "table.rows .verdict")
     assert len(seen) > 20 and min(seen) >= 4.5
 
 
 def test_the_verdicts_are_seen_on_a_narrow_screen_without_scrolling_sideways(visit, html):
     page, _ = visit(html / "book" / "report.html", width=400)
-    for badge in (page.locator("table.rows .sd-badge").nth(at) for at in (0, 2, 12)):
+    for badge in (page.locator("table.rows .verdict").nth(at) for at in (0, 2, 12)):
         badge.scroll_into_view_if_needed()
         box = badge.bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= 400
-    assert page.evaluate("() => document.querySelector('table.rows').parentElement.scrollLeft") == 0
     assert page.evaluate("() => document.documentElement.scrollWidth") <= 400
 
 
@@ -139,8 +145,37 @@ def test_prose_needs_no_scrolling_sideways_on_a_narrow_screen(visit, html, page)
     assert shown.evaluate("() => document.documentElement.scrollWidth") <= 400
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_the_text_of_every_figure_is_8_pixels_high_and_has_words_and_files(visit, html, name):
+    for width in (1280, 400):
+        page, _ = visit(html / f"{name}.html", width=width)
+        seen = page.evaluate(FIGURES)
+        if name.startswith("book/notebooks/0") and not name.endswith("07_explorer"):
+            assert seen
+        for one in seen:
+            assert one["points"] * one["width"] / one["inches"] / 72 >= 8, one
+            assert len(one["alt"]) > 20 and one["width"] <= max(one["room"], 7 * 77)
+
+
+def test_a_figure_leads_to_its_code(visit, html):
+    page, _ = visit(html / "book" / "notebooks" / "01_training.html")
+    figure = page.locator("figure.drawn").first
+    figure.locator("a.to-code").click()
+    assert page.locator(".cell:has(figure.drawn)").first.locator("details[open]").count() == 1
+
+
+def test_the_search_does_not_know_the_parameters_of_notebooks(html):
+    """Their names stand on every page and lead nowhere."""
+    index = (html / "searchindex.js").read_text()
+    declared = (ROOT / "notebooks" / "05_adaptation.ipynb").read_text()
+    assert "own_rank_imag" in declared and "own_rank_imag" not in index
+    assert '"pictogram"' in index
+
+
 def test_the_introduction_says_what_this_run_found(visit, html):
     page, _ = visit(html / "book" / "intro.html")
+    assert page.locator(".found table.claims tbody tr").count() == 3
+    assert page.locator(".found .verdict").count() >= 3 and page.locator(".found img").count() == 1
     shown = page.locator("main").inner_text()
     assert "figures and tables of the paper that a run can refute" in shown
     assert "Adaptation gains more on pairs" in shown

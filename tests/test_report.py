@@ -52,15 +52,20 @@ def code_below(label: str) -> str:
     return found[0]
 
 
+def sources() -> list[str]:
+    """Return the code that makes rows: chapters of the library, and the notebooks' own cells."""
+    chapters = (project_root() / "lib" / "patchbook" / "chapters").rglob("*.py")
+    cells = (cell for path in NOTEBOOKS for cell in nbformat.read(path, 4).cells)
+    return [path.read_text() for path in chapters] + [c.source for c in cells if c.cell_type == "code"]
+
+
 def labels_given() -> dict[str, str]:
-    """Return the label of each item's row, as the notebooks' sources give it."""
-    source = "\n".join(
-        cell.source
-        for path in NOTEBOOKS
-        for cell in nbformat.read(path, 4).cells
-        if cell.cell_type == "code"
-    )
-    calls = re.findall(r'finding\(\s*"([^"]+)",(?:\s*label="([^"]+)",)?', source)
+    """Return the label of each item's row, as the sources give it."""
+    calls = [
+        found
+        for source in sources()
+        for found in re.findall(r'\bfinding\(\s*"([^"]+)",(?:\s*label="([^"]+)",)?', source)
+    ]
     assert len(calls) == len(dict(calls)), "an item has two rows"
     return {item: label or label_of(item) for item, label in calls}
 
@@ -77,7 +82,7 @@ def test_every_item_has_a_row_in_a_notebook():
 def test_the_cell_of_a_row_makes_its_figure(item):
     code = code_below(labels_given()[item])
     if item.startswith("Table"):
-        assert "DataFrame" in code
+        assert "table" in code
     elif item == "Fig. 12":
         assert "Explorer(" in code
     else:
@@ -210,10 +215,10 @@ def test_what_is_true_by_construction_says_so_and_is_not_counted():
 
 def test_figures_1_and_12_alone_cannot_fail():
     marked = set()
-    for path in NOTEBOOKS:
-        for cell in nbformat.read(path, 4).cells:
-            if cell.cell_type == "code" and "can_fail=False" in cell.source:
-                marked |= set(re.findall(r'finding\(\s*"([^"]+)"', cell.source))
+    for source in sources():
+        for call in re.split(r"\bfinding\(", source)[1:]:
+            if "can_fail=False" in re.split(r"\n(?:def|class) ", call)[0]:
+                marked |= set(re.findall(r'^\s*"([^"]+)"', call))
     assert marked == {"Fig. 1", "Fig. 12"}
 
 
@@ -346,6 +351,7 @@ def small_report(tmp_path) -> dict:
     book = {"notebook": "01_all.ipynb", "scale": "embedded", "seconds": 1.0, "peak_mb": 1.0, "machine": "m"}
     return {
         "rows": rows, "counts": count_verdicts(rows), "beyond": collect_beyond([path]),
+        "lessons": [], "figures": [],
         "notebooks": [book | {"seeds": {"seed": 0}, "started": "now", "commit": "c"}],
         "commit": "c", "versions": {"python": "3"},
     }  # fmt: skip
@@ -354,18 +360,47 @@ def small_report(tmp_path) -> dict:
 def test_the_page_shows_verdict_and_effect_first_and_what_is_beyond_below(writer, small_report, tmp_path):
     writer.write_page(project_root(), small_report, tmp_path / "report.md")
     text = (tmp_path / "report.md").read_text()
-    lines = text.splitlines()
     assert "Of the 23 that a run can refute: reproduced 22, differs 1." in text
     assert "Not counted, because true by construction: {ref}`Fig. 1 <fig-1>`." in text
-    row = next(line for line in lines if line.startswith("| {ref}`Fig. 4 <fig-4>`"))
-    assert [cell.strip() for cell in row.split("|")[2:5]] == [
-        "{bdg-warning}`differs`", "1 points", "0.5 (Cohen&#x27;s d)",
-    ]  # fmt: skip
-    assert "| {bdg-dark}`by construction` |" in text
+    assert '<a href="../report.json">' in text
+    (row,) = re.findall(r'<tr data-verdict="differs">.*</tr>', text)
+    assert '<th scope="row"><a href="notebooks/01_all.html#fig-4">Fig. 4</a></th>' in row
+    cells = re.findall(r'<td data-name="([^"]+)">(.*?)</td>', row)
+    assert [name for name, _ in cells] == ["verdict", "this run", "effect", "paper", "about"]
+    assert re.sub("<[^>]+>", " ", cells[0][1]).split() == ["differs", "effect", "reversed"]
+    assert cells[1][1] == "1 points" and cells[2][1] == "0.5 (Cohen&#x27;s d)"
     assert "(**differs**, effect reversed): It is less." in text
     head, below = text.split("## Beyond the paper")
-    assert head.count("{bdg-") == len(ITEMS) and below.count("{bdg-") == 1
-    assert r"{ref}`More \| than <that> <more>` | {bdg-success}`holds` | 2.00 [1.00, 3.00] points" in below
+    assert head.count("<tr data-verdict=") == len(ITEMS) and below.count("<tr data-verdict=") == 1
+    assert '<a href="notebooks/01_all.html#more">More | than &lt;that&gt;</a>' in below
+    assert '2.00 <span class="interval">[1.00, 3.00]</span> points' in below
+
+
+def test_a_verdict_has_a_button_with_the_number_of_its_rows(writer, small_report, tmp_path):
+    writer.write_page(project_root(), small_report, tmp_path / "report.md")
+    text = (tmp_path / "report.md").read_text()
+    buttons = re.findall(r'<button[^>]*data-verdict="([^"]*)"[^>]*>([^<]*) \((\d+)\)<', text)
+    assert buttons == [
+        ("", "all", "24"), ("by construction", "by construction", "1"),
+        ("reproduced", "reproduced", "22"), ("differs", "differs", "1"),
+    ]  # fmt: skip
+
+
+def test_undecided_rows_are_listed_by_reason(writer, small_report, tmp_path):
+    assert "Not decided, by reason" not in "\n".join(writer._undecided(small_report))
+    for at, reason in ((5, "at chance"), (6, "too few images"), (7, "at chance")):
+        small_report["rows"][at] |= {"verdict": "not decided", "reason": reason, "why": "So."}
+    lines = writer._undecided(small_report)
+    assert "* **at chance**: {ref}`Fig. 6 <fig-6>`, {ref}`Fig. 8 <fig-8>`" in lines
+    assert "* **too few images**: {ref}`Fig. 7 <fig-7>`" in lines
+
+
+def test_the_index_leads_from_the_papers_numbers_to_pictures(writer, small_report):
+    drawn = {"items": ["Fig. 2"], "png": "_static/figures/01_all/fig-2.png"}
+    lines = writer._index(small_report | {"figures": [drawn, drawn]})
+    (row,) = (line for line in lines if line.startswith("| {ref}`Fig. 2 <fig-2>`"))
+    assert row.count('href="../_static/figures/01_all/fig-2.png"') == 2 and ITEMS["Fig. 2"] in row
+    assert sum(line.startswith("| {ref}") for line in lines) == len(ITEMS)
 
 
 def test_a_report_without_rows_beyond_has_no_such_part(writer, small_report, tmp_path):
@@ -381,6 +416,31 @@ def test_the_digest_counts_and_names_what_is_beyond(writer, small_report, tmp_pa
     assert "of the 23 figures and tables" in text and "**reproduced 22, differs 1**" in text
     assert "{ref}`shown here <more>`): holds." in text
     assert "```{include} digest.txt" in (project_root() / "book" / "intro.md").read_text()
+
+
+def test_the_digest_sets_the_three_claims_beside_this_run(writer, small_report, tmp_path):
+    rows = {row["id"]: row for row in small_report["rows"]}
+    rows["Fig. 17"] |= {"verdict": "differs", "reason": "at chance", "why": "No.", "paper": 6.25}
+    picture = {"items": ["Fig. 1"], "png": "_static/a.png", "inches": [7.0, 2.0], "alt": "Seen.",
+               "caption": "It.", "notebook": "01_all", "target": "fig-1"}  # fmt: skip
+    writer.write_digest(small_report | {"figures": [picture]}, tmp_path / "digest.txt")
+    text = (tmp_path / "digest.txt").read_text()
+    shown = re.findall(r'<tr><th scope="row">([^<]*)</th>(.*)</tr>', text)
+    assert [claim for claim, _ in shown] == [claim for claim, _, _ in writer.CLAIMS]
+    assert "6.25 points" in shown[1][1] and "verdict-differs" in shown[1][1] and "No." in shown[1][1]
+    assert "verdict-reproduced" in shown[0][1] and 'href="notebooks/01_all.html#fig-5"' in shown[0][1]
+    assert 'alt="Seen."' in text and 'src="../_static/a.png"' in text
+    # a blank line would end the HTML
+    assert "" not in text[: text.index("</div>\n\nIn this run")].splitlines()
+
+
+def test_the_main_result_of_a_chapter_is_its_lesson_or_its_first_row(writer, small_report):
+    (line,) = writer._main_results(small_report)
+    assert line.startswith("* [](notebooks/01_all.ipynb): It holds. **reproduced**: gain, 1 points")
+    lesson = {"text": "All is well.", "cell": "01_all.ipynb#more"}
+    assert writer._main_results(small_report | {"lessons": [lesson]}) == [
+        "* [](notebooks/01_all.ipynb): All is well. {ref}`Shown here <more>`."
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -412,7 +472,7 @@ def test_the_built_report_has_24_rows_and_what_they_cost(report):
 def test_every_link_of_the_report_lands_on_its_cell(report, visit, html):
     page, wrong = visit(html / "book" / "report.html")
     page.emulate_media(reduced_motion="reduce")
-    shown = page.evaluate("""() => [...document.querySelectorAll('table:first-of-type tbody tr')]
+    shown = page.evaluate("""() => [...document.querySelectorAll('table[data-of=paper] tbody tr')]
         .map(row => [row.cells[0].innerText.trim(), row.querySelector('a')?.href])""")
     links = dict(shown)
     for row in report["rows"]:
@@ -428,4 +488,17 @@ def test_every_link_of_the_report_lands_on_its_cell(report, visit, html):
         # the sentence that the row was taken from stands on the same page
         card = page.locator(f'[data-finding="{row["id"]}"]')
         assert card.count() == 1 and row["verdict"] in card.inner_text()
+    assert wrong == []
+
+
+def test_the_report_keeps_the_rows_of_one_verdict(report, visit, html):
+    page, wrong = visit(html / "book" / "report.html")
+    rows = page.locator("table[data-of=paper] tbody tr")
+    for button in page.locator(".filter button").all():
+        button.click()
+        wanted = button.get_attribute("data-verdict")
+        shown = [row for row in rows.all() if row.is_visible()]
+        assert f"({len(shown)})" in button.inner_text() and shown
+        assert all(row.get_attribute("data-verdict") == (wanted or row.get_attribute("data-verdict"))
+                   for row in shown)  # fmt: skip
     assert wrong == []

@@ -10,14 +10,35 @@ from typing import Any
 
 import nbformat
 
+from patchbook.lessons import lessons_of
 from patchbook.report import BEYOND, ITEMS, KEY, Verdict
 from patchsae.runs.errors import PatchSAEError
+
+FIGURE = "patchsae-figure"
+"""Where an output's metadata say what a figure is."""
+
+
+def targets(text: str) -> list[str]:
+    """List the targets `(name)=` of a text, in order."""
+    return re.findall(r"^\(([\w-]+)\)=$", text, flags=re.MULTILINE)
 
 
 def labels(notebook: nbformat.NotebookNode) -> list[str]:
     """List the targets `(name)=` of a notebook's text, in order."""
-    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-    return re.findall(r"^\(([\w-]+)\)=$", text, flags=re.MULTILINE)
+    return targets("\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown"))
+
+
+def collect_lessons(notebooks: Sequence[Path]) -> list[dict[str, Any]]:
+    """Read the main result of each executed notebook that names one: its text and its cell.
+
+    The main result is the sentence of the lowest rank.
+    """
+    said = {path.name: lessons_of(path) for path in notebooks}
+    return [
+        {"text": lessons[0].text, "cell": f"{name}#{lessons[0].label}"}
+        for name, lessons in said.items()
+        if lessons
+    ]
 
 
 def collect(notebooks: Sequence[Path]) -> list[dict[str, Any]]:

@@ -1,0 +1,39 @@
+"""No page has what axe calls a barrier: in light and dark, on a wide and a narrow screen."""
+
+import re
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+
+from patchsae.runs.stage import project_root
+
+PAGES = re.findall(r"(?:root|file):\s*(\S+)", (project_root() / "_toc.yml").read_text())
+
+
+def barriers(page, theme: str) -> list[str]:
+    """Return what axe finds on a page, a line for each rule with the first place."""
+    page.emulate_media(reduced_motion="reduce")
+    for name in ("mode", "theme"):
+        page.evaluate(
+            "([name, theme]) => { document.documentElement.dataset[name] = theme; }", [name, theme]
+        )
+    page.wait_for_timeout(500)  # colours fade in
+    found = Axe().run(page).response["violations"]
+    return [f"{rule['id']} × {len(rule['nodes'])}: {rule['nodes'][0]['html'][:200]}" for rule in found]
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("name", [*PAGES, "search", "genindex"])
+def test_axe_finds_nothing(visit, html, name, theme, width):
+    page, _ = visit(html / f"{name}.html", width=width)
+    assert barriers(page, theme) == []
+
+
+def test_axe_finds_a_picture_without_words(visit, tmp_path):
+    path = tmp_path / "page.html"
+    path.write_text(
+        "<html lang=en><title>a</title><main><h1>a</h1><img src='data:image/gif;base64,R0lGODlh'>"
+    )
+    page, _ = visit(path)
+    assert [line.split(" ×")[0] for line in barriers(page, "light")] == ["image-alt"]
