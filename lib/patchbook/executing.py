@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import nbformat
 import psutil
 
+from patchbook.lessons import put_first
 from patchbook.order import READS, readings
 from patchbook.parameters import check_parameters, read_notebook
 from patchbook.run import USED, NotebookFailed
@@ -195,7 +196,10 @@ def code_of(notebook: nbformat.NotebookNode) -> list[list]:
 
 
 def with_text_of(executed: nbformat.NotebookNode, source: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Return an executed notebook with the text, as it is now, of the notebook that it was made from."""
+    """Return an executed notebook with the text, as it is now, of the notebook that it was made from.
+
+    It opens with what it has learned, as its execution did.
+    """
     ran = [cell for cell in executed.cells if cell.cell_type == "code"]
     cells, injected = [], [cell for cell in ran if "injected-parameters" in cell.metadata.get("tags", ())]
     ran = iter([cell for cell in ran if cell not in injected])
@@ -207,4 +211,5 @@ def with_text_of(executed: nbformat.NotebookNode, source: nbformat.NotebookNode)
         if "parameters" in cell.metadata.get("tags", ()):
             cells += injected
     executed.cells = cells
+    put_first(executed)
     return executed
