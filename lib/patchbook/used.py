@@ -26,17 +26,19 @@ def record(target: str) -> None:
     Modules are given by their path in the project. An artefact is a whole folder of `artefacts/`: what is
     read there is found through an index or a card, and compiled readers open files unseen by Python.
     """
-    root, artefacts, path = project_root(), set(), Path(target)
-    place = f"{root / ARTEFACTS}/"
+    root, opened_files, path = project_root(), set(), Path(target)
+    place, library = f"{root / ARTEFACTS}/", f"{root / LIBRARY}/"
 
     def opened(event: str, arguments: tuple) -> None:
         if event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
             file = os.path.abspath(os.fsdecode(arguments[0]))
             if file.startswith(place):
-                artefacts.add(f"{ARTEFACTS}/{file.removeprefix(place).split('/')[0]}")
+                opened_files.add(f"{ARTEFACTS}/{file.removeprefix(place).split('/')[0]}")
+            elif file.startswith(library) and not file.endswith((".py", ".pyc")):  # a page's own program
+                opened_files.add(file.removeprefix(f"{root}/"))
 
     def write(*_: object) -> None:
-        write_json(path, sorted(_modules(root)) + sorted(artefacts))
+        write_json(path, sorted(_modules(root)) + sorted(opened_files))
 
     sys.addaudithook(opened)
     get_ipython().events.register("post_run_cell", write)  # noqa: F821  (the kernel's own)
