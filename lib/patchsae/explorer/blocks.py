@@ -100,7 +100,7 @@ def write_blocks(
         "words": vocabulary
         and [*vocabulary[:2], vocabulary.images.fingerprint(), digest(vocabulary.shows)],
         "config": config,
-        "program": digest(worker_source()),  # a page hands it to its worker
+        "program": short_hash(worker_source()),  # a page hands it to its worker
     }
     stage = Stage.open(root, "explorer", inputs, version=VERSION)
 
