@@ -27,7 +27,6 @@ from patchsae.runs.stage import project_root
 
 DEFINING = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda
 NOTEBOOKS = sorted((project_root() / "notebooks").glob("*.ipynb"))
-CHAPTERS = [path for path in NOTEBOOKS if path.stem != "07_explorer"]
 
 
 def text_of(notebook: Path) -> str:
@@ -68,7 +67,7 @@ LONGEST_CELL, LONGEST_NOTEBOOK = 20, 150
 WORDS = 1700  # of prose; details are folded, and counted
 
 
-@pytest.mark.parametrize("notebook", CHAPTERS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_are_for_reading(notebook):
     """What computes is in a room, what decides in patchbook.chapters: a cell calls, and defines nothing."""
     cells = nbformat.read(notebook, 4).cells
@@ -82,7 +81,7 @@ def test_notebooks_are_for_reading(notebook):
         assert not defined, f"{cell.id} defines something: move it to the library"
 
 
-@pytest.mark.parametrize("notebook", CHAPTERS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_chapters_open_with_a_title_and_end_with_a_section(notebook):
     cells = nbformat.read(notebook, 4).cells
     prose = [cell.source for cell in cells if cell.cell_type == "markdown"]
@@ -123,7 +122,7 @@ def test_every_notebook_is_a_chapter_and_leaves_no_dead_widget(chapters):
 
 
 def test_every_chapter_opens_with_three_lessons_of_its_own(chapters):
-    for path in (chapters[source.stem] for source in CHAPTERS):
+    for path in (chapters[source.stem] for source in NOTEBOOKS):
         opening = nbformat.read(path, 4).cells[1]
         found = lessons_of(path)
         assert opening.source.startswith("## What we learned") and len(found) == 3
@@ -136,7 +135,7 @@ TABLE = re.compile(r"<table.*?</table>", flags=re.DOTALL)
 
 
 def test_tables_have_captions_and_numbers_for_people(chapters):
-    for path in (chapters[source.stem] for source in CHAPTERS):
+    for path in (chapters[source.stem] for source in NOTEBOOKS if source.stem != "07_explorer"):
         found = TABLE.findall(pages_of(path))
         assert found
         for table in found:
