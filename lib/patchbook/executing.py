@@ -174,7 +174,8 @@ class _Chapter:
         if code := self.process.returncode:
             reason = (told.strip().splitlines() or [f"{self.name} ended with {code}"])[-1]
             raise (PatchSAEError if code == 2 else NotebookFailed)(reason.removeprefix("error: "))
-        sys.stderr.write(told)
+        # an idle kernel that is told to end says so
+        sys.stderr.writelines(line for line in told.splitlines(True) if "KeyboardInterrupt" not in line)
         executed, found = self.executed, read_used(used)
         if found is None:
             raise PatchSAEError(f"{self.name} did not write {used}: is this library the one installed?")

@@ -11,7 +11,7 @@ import csv
 import io
 import re
 from collections.abc import Callable, Iterator
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
@@ -55,6 +55,7 @@ def figure_of(*items: str, caption: str) -> Callable[[Callable[..., Figure]], Ca
     def mark(function: Callable[..., Figure]) -> Callable[..., Figure]:
         @wraps(function)
         def draw(*arguments: object, **options: object) -> Figure:
+            _settle_backend()
             with plt.rc_context(STYLE):
                 figure = function(*arguments, **options)
             figure.about = About(function.__name__, items, caption)
@@ -65,6 +66,13 @@ def figure_of(*items: str, caption: str) -> Callable[[Callable[..., Figure]], Ca
         return draw
 
     return mark
+
+
+@cache
+def _settle_backend() -> None:
+    # chosen with the first figure, it would turn the display of figures on inside `rc_context`, which turns
+    # it off again for all that follow
+    plt.switch_backend(plt.get_backend())
 
 
 def bundle(figure: Figure) -> tuple[dict[str, str], dict[str, Any]]:
