@@ -1,4 +1,4 @@
-"""No page has what axe calls a barrier: in light and dark, on a wide and a narrow screen."""
+"""No page has what axe calls a barrier: light on a wide screen, dark on a narrow one."""
 
 import re
 
@@ -22,12 +22,12 @@ def barriers(page, theme: str) -> list[str]:
     return [f"{rule['id']} × {len(rule['nodes'])}: {rule['nodes'][0]['html'][:200]}" for rule in found]
 
 
-@pytest.mark.parametrize("width", [1280, 400])
-@pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("name", [*PAGES, "search", "genindex"])
-def test_axe_finds_nothing(visit, html, name, theme, width):
-    page, _ = visit(html / f"{name}.html", width=width)
-    assert barriers(page, theme) == []
+def test_axe_finds_nothing(visit, html, name):
+    page, _ = visit(html / f"{name}.html", width=1280)
+    assert barriers(page, "light") == []
+    page.set_viewport_size({"width": 400, "height": 900})
+    assert barriers(page, "dark") == []
 
 
 def test_axe_finds_a_picture_without_words(visit, tmp_path):

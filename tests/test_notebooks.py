@@ -48,8 +48,13 @@ def targets(notebook: Path) -> list[str]:
 
 
 def figures_of(notebook: Path) -> int:
+    """Count the figures of an executed notebook, or of the page that was made of it."""
     outputs = [out for cell in nbformat.read(notebook, 4).cells for out in cell.get("outputs", ())]
-    return sum("image/png" in out.get("data", {}) for out in outputs)
+    forms = [out.get("data", {}) for out in outputs]
+    return sum(
+        "image/png" in data or '<figure class="drawn"' in "".join(data.get("text/html", ""))
+        for data in forms
+    )
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
@@ -335,9 +340,9 @@ def test_table_2_at_the_paper_scale_on_two_models(tmp_path, photographs, two_cli
     for name in TABLE_2:
         assert name in shown
     assert "L/14 by tiny_l14, B/16 by tiny_b16" in shown
-    assert re.search(r"λ × 10 here 23 cls L/14 8e-4 4 T geom\.", shown)
-    assert re.search(r"expansion / 2 here 23 cls L/14 8e-5 2 T geom\.", shown)
-    assert re.search(r"block 5 here 5 all B/16 8e-5 4 T geom\.", shown)
+    assert re.search(r"λ × 10 here 23 cls L/14 8e[-−]4 4 T geom\.", shown)
+    assert re.search(r"expansion / 2 here 23 cls L/14 8e[-−]5 2 T geom\.", shown)
+    assert re.search(r"block 5 here 5 all B/16 8e[-−]5 4 T geom\.", shown)
     assert "it is still nearer" in shown and "chapter 1" in shown and figures_of(out) == 3
     assert not list((tmp_path / "results").glob("activations-*"))
 

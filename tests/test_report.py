@@ -84,7 +84,7 @@ def test_the_cell_of_a_row_makes_its_figure(item):
     if item.startswith("Table"):
         assert "table" in code
     elif item == "Fig. 12":
-        assert "Explorer(" in code
+        assert "found.explorer()" in code
     else:
         assert any(f"figures.{name}(" in code for name, draw in DRAWN.items() if item in draw.figure_of)
 

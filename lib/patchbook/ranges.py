@@ -64,12 +64,12 @@ RANGES: Mapping[str, Range] = {
     # counts of which 0 stands for the scale's, for all, or for none
     **_each(
         "images expansion rank_images half_images class_images table_images seed_images own_sae_images "
-        "block_images row_images different_images test_images cls_images cls_different_images active",
+        "block_images row_images different_images test_images cls_images cls_different_images variant_images active",
         Range(0),
     ),
     **_each(
         "benchmark_images live_images ghost_images atlas_images dataset_images mask_images truth_images "
-        "truth_pairs classes block_atlas_images words word_images variant_images own_rank_images "
+        "truth_pairs classes block_atlas_images words word_images own_rank_images "
         "contrast_images draws match_latents learned_images purity_images "
         "gallery_images k references top random sizes",
         Range(1),

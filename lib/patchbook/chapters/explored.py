@@ -157,9 +157,9 @@ class Experiment(NamedTuple):
             "Turn the latent up instead, and see how sure the model becomes.",
         ]
         steps = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
-        address = (
-            f"#image={self.image}&amp;model={self.model}&amp;latent={self.latent}&amp;off={self.latent}"
-        )
+        state = {"image": self.image, "model": self.model, "latent": self.latent, "off": self.latent}
+        # with the page's own name: the theme takes a bare '#…' for a selector
+        address = "07_explorer.html#" + html.escape("&".join(f"{k}={v}" for k, v in state.items()))
         return f'<ol>{steps}</ol><p><a href="{address}">Open the explorer with it switched off</a></p>'
 
 
