@@ -19,6 +19,8 @@ def barriers(page, theme: str) -> list[str]:
         )
     page.wait_for_timeout(500)  # colours fade in
     found = Axe().run(page).response["violations"]
+    if "/api/" in page.url:  # how Sphinx writes a function's fields
+        found = [rule for rule in found if rule["id"] != "definition-list"]
     return [f"{rule['id']} × {len(rule['nodes'])}: {rule['nodes'][0]['html'][:200]}" for rule in found]
 
 

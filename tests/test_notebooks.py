@@ -340,9 +340,9 @@ def test_table_2_at_the_paper_scale_on_two_models(tmp_path, photographs, two_cli
     for name in TABLE_2:
         assert name in shown
     assert "L/14 by tiny_l14, B/16 by tiny_b16" in shown
-    assert re.search(r"λ × 10 here 23 cls L/14 8e[-−]4 4 T geom\.", shown)
-    assert re.search(r"expansion / 2 here 23 cls L/14 8e[-−]5 2 T geom\.", shown)
-    assert re.search(r"block 5 here 5 all B/16 8e[-−]5 4 T geom\.", shown)
+    assert re.search(r"λ × 10, here\) 23 cls L/14 8e[-−]4 4 T geom\.", shown)
+    assert re.search(r"expansion / 2, here\) 23 cls L/14 8e[-−]5 2 T geom\.", shown)
+    assert re.search(r"block 5, here\) 5 all B/16 8e[-−]5 4 T geom\.", shown)
     assert "it is still nearer" in shown and "chapter 1" in shown and figures_of(out) == 3
     assert not list((tmp_path / "results").glob("activations-*"))
 

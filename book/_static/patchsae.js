@@ -29,6 +29,11 @@ document.addEventListener("DOMContentLoaded", () => {
   const side = document.querySelector(".bd-sidebar-primary");
   side?.setAttribute("role", "navigation");
   side?.setAttribute("aria-label", "Book");
+  // nor does it name what opens a part of the contents
+  for (const opener of side?.querySelectorAll("summary") ?? []) {
+    const part = opener.closest("li")?.querySelector("a")?.textContent.trim();
+    if (!opener.textContent.trim()) opener.setAttribute("aria-label", `Pages of ${part}`);
+  }
   // a wide table scrolls in its own box, by keyboard too
   for (const box of document.querySelectorAll(".cell_output .output, .table-box, pre, .bd-article mjx-container")) {
     if (box.scrollWidth > box.clientWidth + 1 && !box.hasAttribute("tabindex")) box.tabIndex = 0;

@@ -64,7 +64,8 @@ RANGES: Mapping[str, Range] = {
     # counts of which 0 stands for the scale's, for all, or for none
     **_each(
         "images expansion rank_images half_images class_images table_images seed_images own_sae_images "
-        "block_images row_images different_images test_images cls_images cls_different_images variant_images active",
+        "block_images row_images different_images test_images cls_images cls_different_images "
+        "variant_images active",
         Range(0),
     ),
     **_each(

@@ -158,9 +158,11 @@ class Experiment(NamedTuple):
         ]
         steps = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
         state = {"image": self.image, "model": self.model, "latent": self.latent, "off": self.latent}
-        # with the page's own name: the theme takes a bare '#…' for a selector
-        address = "07_explorer.html#" + html.escape("&".join(f"{k}={v}" for k, v in state.items()))
-        return f'<ol>{steps}</ol><p><a href="{address}">Open the explorer with it switched off</a></p>'
+        address = "&".join(f"{key}={value}" for key, value in state.items())
+        return (
+            f"<ol>{steps}</ol><p>With <code>#{html.escape(address)}</code> at the end of its address this "
+            "page opens with it switched off.</p>"
+        )
 
 
 def experiment(found: Explored, explorer: Explorer) -> Experiment | None:
