@@ -35,7 +35,11 @@ document.addEventListener("DOMContentLoaded", () => {
     if (!opener.textContent.trim()) opener.setAttribute("aria-label", `Pages of ${part}`);
   }
   // a wide table scrolls in its own box, by keyboard too
-  for (const box of document.querySelectorAll(".cell_output .output, .table-box, pre, .bd-article mjx-container")) {
-    if (box.scrollWidth > box.clientWidth + 1 && !box.hasAttribute("tabindex")) box.tabIndex = 0;
-  }
+  const reachable = () => {
+    for (const box of document.querySelectorAll(".results, .cell_output .output, .table-box, pre, .bd-article mjx-container")) {
+      if (box.scrollWidth > box.clientWidth + 1 && !box.hasAttribute("tabindex")) box.tabIndex = 0;
+    }
+  };
+  reachable();
+  addEventListener("resize", reachable);
 });
