@@ -36,7 +36,7 @@ document.addEventListener("DOMContentLoaded", () => {
   }
   // a wide table scrolls in its own box, by keyboard too
   const reachable = () => {
-    for (const box of document.querySelectorAll(".results, .cell_output .output, .table-box, pre, .bd-article mjx-container")) {
+    for (const box of document.querySelectorAll(".results, div.drawn, .cell_output .output, .table-box, pre, .bd-article mjx-container")) {
       if (box.scrollWidth > box.clientWidth + 1 && !box.hasAttribute("tabindex")) box.tabIndex = 0;
     }
   };
