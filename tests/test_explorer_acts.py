@@ -57,7 +57,10 @@ def test_back_forward_reload_and_links_work(opened):  # noqa: F811
 
 
 def test_an_address_of_nonsense_shows_what_there_is(opened):  # noqa: F811
-    state = go(opened, "image=99&patch=0,9&latent=x&off=999,-1&turned=1:9&top=0:on&strength=7&model=9")
+    address = "image=99&patch=0,9&latent=x&off=999,-1&turned=1:9&top=0:on&strength=7&model=9"
+    opened.evaluate("address => { location.hash = address; }", address)
+    opened.wait_for_timeout(500)  # what is shown may be what was
+    state = drawn_state(opened)
     assert (state["image"], state["patch"], state["gains"], state["keep"]) == (0, None, {}, "")
     assert state["latent"] is not None and state["opacity"] == 0.9 and state["adapted"] == 1
     opened.evaluate("() => { location.hash = 'fig-12'; }")  # of the book's, not of the explorer's

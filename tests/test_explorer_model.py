@@ -200,8 +200,9 @@ def test_every_way_to_change_latents_is_that_of_torch(asked, model, pictures, mo
             y[0, rows] = sae.decode(f[rows] * gain) + 0.105131256516992 * (mode == "replace_bias")
         true = clip.finish(y)
     change = {"gains": [[int(s), 1 - rest] for s in top], "rest": rest, "patch": patch, "mode": mode}
-    assert relative(asked("embedding", "one", 0, change), true) < 1e-3
-    assert relative(clip.finish(x).detach(), true) > 1e-3
+    error = relative(asked("embedding", "one", 0, change), true)
+    # one patch moves the answer by little: the error has to be small beside that, too
+    assert error < min(1e-3, relative(clip.finish(x).detach(), true) / 5)
 
 
 def test_classes_are_the_most_likely_of_torch(asked, model, written):

@@ -146,7 +146,7 @@ def test_what_is_kept_is_what_was_found(backbone, tmp_path, monkeypatch):
     np.testing.assert_array_equal(kept.ceiling, found.ceiling)
     (file,) = tmp_path.rglob(kept_truth.RESULT)
     file.write_bytes(b"\0" * file.stat().st_size)
-    with pytest.raises(PatchSAEError, match="is damaged .*delete"):
+    with pytest.raises(PatchSAEError, match="is not the file that was made.*delete"):
         keep_truth(sae, backbone, config, tmp_path)
 
 
