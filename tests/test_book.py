@@ -16,6 +16,8 @@ from patchsae.runs.stage import project_root
 
 ROOT = project_root()
 PAGES = re.findall(r"(?:root|file):\s*(\S+)", (ROOT / "_toc.yml").read_text())
+# of the reference one page: Sphinx makes all of them alike
+PAGES = [page for page in PAGES if not page.startswith("book/api/") or page.endswith("/sae")]
 MEDIA = """() => [...document.images]
   .filter(i => !i.complete || i.naturalWidth === 0).map(i => i.src)"""
 # MathJax replaces the TeX by svg; what it could not read it marks as merror.
@@ -43,7 +45,7 @@ def settle_math(page) -> None:
 def test_the_table_of_contents_is_read_whole():
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
     assert toc["root"] in PAGES
-    assert len(PAGES) == str(toc).count("'file'") + 1
+    assert len(PAGES) == str(toc).count("'file'") + 1 - str(toc).count("'book/api/") + 1
 
 
 def test_the_first_page_leads_to_the_introduction(visit, html):
