@@ -207,6 +207,9 @@ def render(root: Path, build: Path) -> Path:
             f"jupyter-book {metadata.version('jupyter-book')} built no page for "
             f"{', '.join(absent)}: reinstall the pinned versions (`make clean book`)."
         )
+    sources = root / "book" / "_static" / "notebooks"  # left out as notebooks that are no page
+    if sources.is_dir():
+        shutil.copytree(sources, html / "_static" / "notebooks", dirs_exist_ok=True)
     write_atomic(record, lambda temporary: temporary.write_text(digest(inputs)))
     print(f"pages: {time.perf_counter() - started:.1f} s", flush=True)
     return index
