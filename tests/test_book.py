@@ -166,14 +166,6 @@ def test_a_figure_leads_to_its_code(visit, html):
     assert page.locator(".cell:has(figure.drawn)").first.locator("details[open]").count() == 1
 
 
-def test_the_search_does_not_know_the_parameters_of_notebooks(html):
-    """Their names stand on every page and lead nowhere."""
-    index = (html / "searchindex.js").read_text()
-    declared = (ROOT / "notebooks" / "05_adaptation.ipynb").read_text()
-    assert "own_rank_imag" in declared and "own_rank_imag" not in index
-    assert '"pictogram"' in index
-
-
 def test_the_introduction_says_what_this_run_found(visit, html):
     page, _ = visit(html / "book" / "intro.html")
     assert page.locator(".found table.claims tbody tr").count() == 3
