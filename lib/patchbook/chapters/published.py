@@ -57,6 +57,22 @@ class Ablated(NamedTuple):
 
 
 # keys: ablation.DESIGNS
+class Dictionary(NamedTuple):
+    """The autoencoder that the paper's figures use (facts.md §0)."""
+
+    d_in: int
+    expansion: int
+    l1: float
+    """Weight of the L1 penalty."""
+
+    @property
+    def d_sae(self) -> int:
+        """Latents of it."""
+        return self.d_in * self.expansion
+
+
+PAPERS_SAE = Dictionary(768, 64, 8e-5)
+
 TABLE_2 = {
     "baseline (Fry)": Ablated(0.0027, 1.775, 1.895, 13.900, 26.00),
     "CLS, default": Ablated(0.0026, 1.702, 1.859, 13.823, 29.48),

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from patchbook.chapters.opening import Run
-from patchbook.chapters.published import TABLE_2
+from patchbook.chapters.published import PAPERS_SAE, TABLE_2
 from patchbook.lessons import Lesson
 from patchbook.tables import Table, estimate, fixed, plain
 from patchsae.clip.backbone import zero_shot_weights
@@ -58,8 +58,8 @@ def rebuilt_table(found: Rebuilt) -> Table:
     }  # fmt: skip
     ours = size | found.measured._asdict()
     paper = {
-        "d_in": 768, "expansion": 64, "d_sae": 49152, "lambda": 8e-5, "mse": ROW.mse, "l0": ROW.l0,
-        "l1": ROW.l1,
+        "d_in": PAPERS_SAE.d_in, "expansion": PAPERS_SAE.expansion, "d_sae": PAPERS_SAE.d_sae,
+        "lambda": PAPERS_SAE.l1, "mse": ROW.mse, "l0": ROW.l0, "l1": ROW.l1,
     }  # fmt: skip
     rows = {
         title: {"this run": _in_print(ours[key]), "paper (Table 2)": _in_print(paper.get(key))}
@@ -81,7 +81,7 @@ def rebuilt_lesson(found: Rebuilt) -> Lesson:
     text = (
         f"A token is rebuilt from {m.l0:.0f} of {sae.d_sae:,} latents, and {100 * m.fvu:.1f} % of the "
         f"variance "
-        f"of tokens is not explained; the paper's autoencoder uses {ROW.l0:.0f} of 49,152."
+        f"of tokens is not explained; the paper's autoencoder uses {ROW.l0:.0f} of {PAPERS_SAE.d_sae:,}."
     )
     return Lesson(text, "reconstruction", 2)
 
@@ -155,7 +155,9 @@ def why_kept(scored: list[Scored], found: Rebuilt) -> str:
     if abs(ours - paper) < 1:
         return "**Why it differs.** It hardly does: the kept shares are less than a point apart."
     side = "More" if ours > paper else "Less"
-    rate, theirs = (100 * l0 / d for l0, d in ((found.measured.l0, found.run.sae.d_in), (ROW.l0, 768)))
+    rate, theirs = (
+        100 * l0 / d for l0, d in ((found.measured.l0, found.run.sae.d_in), (ROW.l0, PAPERS_SAE.d_in))
+    )
     return (
         f"**Why it differs.** {side} is kept here than in the paper. A token is rebuilt from {rate:.0f} "
         f"active latents "

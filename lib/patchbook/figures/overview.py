@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -94,7 +95,7 @@ def overview(shown: OneImage, steps: Sequence[str]) -> Figure:
     right.suptitle("(c) and the answer rests on it", x=0.02, **heading)
     axis = right.subplots()
     places, bar = np.arange(len(shown.classes)), 0.8 / len(shown.answers)
-    for number, ((name, values), colour) in enumerate(zip(shown.answers.items(), PALETTE, strict=False)):
+    for number, ((name, values), colour) in enumerate(zip(shown.answers.items(), cycle(PALETTE))):
         place = places + (number - (len(shown.answers) - 1) / 2) * bar
         axis.barh(place, values, bar, label=name, color=colour)
     axis.set_yticks(places, [folded(name, 16) for name in shown.classes])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -94,7 +95,7 @@ def draw_lines(axis: Axes, activation: np.ndarray, unit: str, marked: Mapping[in
     """Draw activations over latent numbers, some marked in colours."""
     active = np.flatnonzero(activation > 0)
     axis.vlines(active, 0, activation[active], color="0.6", lw=0.7, label="all active latents")
-    for (latent, colour), mark in zip(marked.items(), MARKS, strict=False):
+    for (latent, colour), mark in zip(marked.items(), cycle(MARKS)):
         if not activation[latent]:
             continue
         axis.vlines(latent, 0, activation[latent], color=colour, lw=1.6, label=f"latent {latent}")
@@ -120,7 +121,7 @@ def draw_intervals(axis: Axes, rows: Mapping[str, Mapping[str, tuple]], folds: i
     """
     names = list(next(iter(rows.values())))
     places = np.arange(len(rows))[::-1]
-    for number, (name, colour, mark) in enumerate(zip(names, PALETTE, MARKS, strict=False)):
+    for number, (name, colour, mark) in enumerate(zip(names, cycle(PALETTE), cycle(MARKS))):
         value, low, high = np.array([tuple(row[name]) for row in rows.values()], dtype=float).T
         shift = 0.7 / len(names) * ((len(names) - 1) / 2 - number)
         error = np.maximum(np.stack([value - low, high - value]), 0)

@@ -202,7 +202,7 @@ def _numbers(axis: Axes, panel: str) -> Iterator[tuple]:
             size = bar.get_width() if sideways else bar.get_height()
             yield panel, "bar", _series(bars), names.get(round(at), _short(at)), _short(size), ""
     for steps in (found for found in axis.patches if isinstance(found, StepPatch)):
-        for low, value in zip(steps.get_data().edges, steps.get_data().values, strict=False):
+        for low, value in zip(steps.get_data().edges[:-1], steps.get_data().values, strict=True):
             yield panel, "step", _series(steps), _short(low), _short(value), ""
     for drawn in axis.collections:
         if isinstance(drawn, PathCollection):

@@ -6,7 +6,6 @@ that could run code.
 
 import difflib
 import logging
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict
 
 from patchsae.clip.timm_models import PREFIX, TimmSource, find_timm, is_timm, open_timm
-from patchsae.clip.weights import read_weights
+from patchsae.clip.weights import read_weights, warn_of_random_weights
 from patchsae.runs.artefacts import artefact_of
 from patchsae.runs.checks import check_weights
 from patchsae.runs.errors import PatchSAEError, brief
@@ -77,11 +76,7 @@ class ClipSource:
                     "pretrained=<file>."
                 ) from error
         if path is None:
-            warnings.warn(
-                f"{self.name} has random weights, so that nothing it says means anything: give "
-                "pretrained=<tag or file> (`--pretrained`) for real ones.",
-                stacklevel=3,
-            )
+            warn_of_random_weights(self.name)
             return
         state = read_weights(path)
         numbers = [state.pop(k, None) for k in ("input_resolution", "context_length", "vocab_size")]

@@ -8,7 +8,6 @@ import difflib
 import json
 import math
 import sys
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ import timm
 from timm.data import resolve_data_config
 from timm.models import load_pretrained
 
-from patchsae.clip.weights import read_weights
+from patchsae.clip.weights import read_weights, warn_of_random_weights
 from patchsae.runs.checks import check_weights
 from patchsae.runs.errors import PatchSAEError, brief
 from patchsae.runs.hub import fetch
@@ -89,18 +88,20 @@ class TimmSource:
         if self.hub:
             path = fetch(self.hub, (CONFIG, WEIGHTS)) / WEIGHTS
         if path is None:
-            warnings.warn(
-                f"{self.name} has random weights, so that nothing it says means anything: give "
-                "pretrained=<tag or file> (`--pretrained`) for real ones.",
-                stacklevel=3,
-            )
+            warn_of_random_weights(self.name)
             return
-        trunk, missing = model.visual.trunk, []
-        hook = trunk.register_load_state_dict_post_hook(lambda _, keys: missing.extend(keys.missing_keys))
+        trunk, missing, unknown = model.visual.trunk, [], []
+
+        def note(_: nn.Module, keys: Any) -> None:
+            missing.extend(keys.missing_keys)
+            unknown.extend(keys.unexpected_keys)
+
+        hook = trunk.register_load_state_dict_post_hook(note)
         given = dict(trunk.pretrained_cfg) | {"state_dict": read_weights(path)}
         renaming = getattr(sys.modules[type(trunk).__module__], "checkpoint_filter_fn", None)
         try:
-            # timm's own: it knows the old names of its models, and other sizes of image
+            # timm's own: it knows the old names of its models, and other sizes of image. It is lax because a
+            # classifier's head has no place here; what does not fit otherwise is refused below.
             load_pretrained(trunk, given, num_classes=0, filter_fn=renaming, strict=False)
         except Exception as error:  # what does not fit, in the words of torch
             raise PatchSAEError(
@@ -112,6 +113,11 @@ class TimmSource:
             raise PatchSAEError(
                 f"{path} does not fit {self.name}: it lacks {missing[0]} and {len(missing) - 1} others; "
                 "name the model that it was made for."
+            )
+        if left := [name for name in unknown if name.startswith("blocks.")]:
+            raise PatchSAEError(
+                f"{path} does not fit {self.name}: it has {left[0]} and {len(left) - 1} others that the model "
+                "has no place for; name the model that it was made for."
             )
         check_weights(path, dict(trunk.named_parameters()))
 

@@ -39,6 +39,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
+def warn_of_random_weights(name: str) -> None:
+    """Warn that a model was asked for without weights, at the line that asked for it."""
+    warnings.warn(
+        f"{name} has random weights, so that nothing it says means anything: give "
+        "pretrained=<tag or file> (`--pretrained`) for real ones.",
+        stacklevel=4,
+    )
+
+
 def _state_dict(content: object) -> Mapping[str, object]:
     """Find the weights in what a training saved, which has them under one of these names or bare."""
     for name in ("state_dict", "model_state_dict", "model"):
