@@ -105,11 +105,12 @@ def test_a_file_is_read_under_timms_own_names_and_a_wrong_one_is_refused(folders
     own = ps.load_clip("timm:own", tmp_path / "whole.pth", block=1)
     assert torch.equal(own.model.visual.trunk.norm.weight, model.norm.weight)
     deep = load_file(folder / "model.safetensors")
-    deep |= {f"blocks.9{key.removeprefix('blocks.1')}": v for key, v in deep.items() if "blocks.1." in key}
+    more = {
+        key.replace(".1.", ".9.", 1): v.clone() for key, v in deep.items() if key.startswith("blocks.1.")
+    }
+    deep |= more
     save_file(deep, tmp_path / "deep.safetensors")
-    with pytest.raises(
-        PatchSAEError, match=r"deep.safetensors does not fit own: it has blocks\.9\.\S+ and"
-    ):
+    with pytest.raises(PatchSAEError, match="deep.safetensors does not fit own: it has blocks.9"):
         ps.load_clip("timm:own", tmp_path / "deep.safetensors", block=1)
     part = load_file(folder / "model.safetensors")
     del part["blocks.1.norm1.weight"], part["norm.bias"]

@@ -155,9 +155,8 @@ def why_kept(scored: list[Scored], found: Rebuilt) -> str:
     if abs(ours - paper) < 1:
         return "**Why it differs.** It hardly does: the kept shares are less than a point apart."
     side = "More" if ours > paper else "Less"
-    rate, theirs = (
-        100 * l0 / d for l0, d in ((found.measured.l0, found.run.sae.d_in), (ROW.l0, PAPERS_SAE.d_in))
-    )
+    both = (found.measured.l0, found.run.sae.d_in), (ROW.l0, PAPERS_SAE.d_in)
+    rate, theirs = (100 * l0 / width for l0, width in both)
     return (
         f"**Why it differs.** {side} is kept here than in the paper. A token is rebuilt from {rate:.0f} "
         f"active latents "

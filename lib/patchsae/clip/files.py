@@ -6,6 +6,7 @@ that could run code.
 
 import difflib
 import logging
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 

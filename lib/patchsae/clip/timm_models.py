@@ -100,8 +100,8 @@ class TimmSource:
         given = dict(trunk.pretrained_cfg) | {"state_dict": read_weights(path)}
         renaming = getattr(sys.modules[type(trunk).__module__], "checkpoint_filter_fn", None)
         try:
-            # timm's own: it knows the old names of its models, and other sizes of image. It is lax because a
-            # classifier's head has no place here; what does not fit otherwise is refused below.
+            # timm's own: it knows the old names of its models, and other sizes of image. It is lax as the
+            # head of a classifier has no place here; what else does not fit is refused below.
             load_pretrained(trunk, given, num_classes=0, filter_fn=renaming, strict=False)
         except Exception as error:  # what does not fit, in the words of torch
             raise PatchSAEError(
@@ -116,8 +116,8 @@ class TimmSource:
             )
         if left := [name for name in unknown if name.startswith("blocks.")]:
             raise PatchSAEError(
-                f"{path} does not fit {self.name}: it has {left[0]} and {len(left) - 1} others that the model "
-                "has no place for; name the model that it was made for."
+                f"{path} does not fit {self.name}: it has {left[0]} and {len(left) - 1} others that the "
+                "model has no place for; name the model that it was made for."
             )
         check_weights(path, dict(trunk.named_parameters()))
 
