@@ -18,7 +18,7 @@ from patchsae.adaptation.prompt_files import find_prompts
 from patchsae.explorer import Change, Explorer, ExplorerConfig, Pictures, ReferenceSet, Shown, write_blocks
 from patchsae.explorer.answers import telling
 from patchsae.explorer.blocks import read_activations
-from patchsae.explorer.data import Groups, fires_on_nearly_everything, group_latents
+from patchsae.explorer.data import Activations, Groups, fires_on_nearly_everything, group_latents
 from patchsae.images.sets import Dataset
 from patchsae.latents.atlas import AtlasConfig
 from patchsae.runs.errors import PatchSAEError
@@ -43,6 +43,14 @@ class Amounts:
     """Scenes of known content on which the names of latents are judged."""
 
 
+class Pair(NamedTuple):
+    """What an image activates in CLIP and in one adapted model, and their lists side by side."""
+
+    clip: Activations
+    adapted: Activations
+    groups: Groups
+
+
 @dataclass(frozen=True)
 class Explored:
     """What chapter 7 shows and counts."""
@@ -57,13 +65,13 @@ class Explored:
         """Open the page's widget."""
         return Explorer(self.blocks, self.run.sae, self.run.sae_hash, self.models)
 
-    def pairs(self, images: int) -> Iterator[list[Groups]]:
+    def pairs(self, images: int) -> Iterator[list[Pair]]:
         """Yield, of each image of the gallery, CLIP's list beside that of each adapted model."""
         top, frequent = self.config.top, self.config.frequent
         left_out = fires_on_nearly_everything(self.references[0].atlas, frequent, self.run.sae.d_sae)
         for image in range(images):
             clip, *adapted = (read_activations(self.blocks, image, m) for m in range(len(self.models)))
-            yield [group_latents(clip, other, left_out, top=top) for other in adapted]
+            yield [Pair(clip, o, group_latents(clip, o, left_out, top=top)) for o in adapted]
 
     def __str__(self) -> str:
         files = list(self.blocks.glob("*.js"))
@@ -200,7 +208,7 @@ def experiment_lesson(tried: Experiment | None) -> Lesson:
 def fig_12(found: Explored, explorer: Explorer) -> Finding:
     """Report how many of the strongest latents CLIP and adapted models have in common."""
     images, adapted = len(explorer.index["gallery"]), len(found.models) - 1
-    common = [np.mean([len(one.common) for one in pairs]) for pairs in found.pairs(images)]
+    common = [np.mean([len(one.groups.common) for one in pairs]) for pairs in found.pairs(images)]
     notices = explorer.index["notices"]
     return finding(
         "Fig. 12",
@@ -232,10 +240,8 @@ def common_lesson(found: Explored, judged: Finding) -> Lesson:
 def active_in_the_other(found: Explored, explorer: Explorer) -> Lesson:
     """Say how many latents on one model's list alone are active in the other model too."""
     top, too = found.config.top, []
-    images = len(explorer.index["gallery"])
-    for image, pairs in enumerate(found.pairs(images)):
-        clip, *adapted = (read_activations(found.blocks, image, m) for m in range(len(found.models)))
-        for other, groups in zip(adapted, pairs, strict=True):
+    for pairs in found.pairs(len(explorer.index["gallery"])):
+        for clip, other, groups in pairs:
             too += [latent in other.latent for latent, _ in groups.only_clip]
             too += [latent in clip.latent for latent, _ in groups.only_adapted]
     share = np.mean(too) if too else np.nan
