@@ -44,14 +44,15 @@ class TwoPasses:
 
     def __init__(self, sae: SAE, whole: bool):
         self.sae, self.whole = sae, whole
-        self.total, self.active = torch.zeros(sae.d_sae), torch.zeros(sae.d_sae)
-        self.value, self.index = torch.zeros(K, sae.d_sae), torch.zeros(K, sae.d_sae)
+        zeros = sae.W_dec.new_zeros
+        self.total, self.active = zeros(sae.d_sae), zeros(sae.d_sae)
+        self.value, self.index = zeros(K, sae.d_sae), zeros(K, sae.d_sae)
         self.count = np.zeros((CLASSES, sae.d_sae))
 
     @torch.no_grad()
     def add(self, x: Tensor, labels: np.ndarray, indices: np.ndarray) -> None:
         """Add images x [B, T, d]."""
-        self._features(x, torch.from_numpy(indices))
+        self._features(x, torch.from_numpy(indices).to(x.device))
         self._classes(x, labels)
 
     def _latents(self, x: Tensor) -> Tensor:
@@ -73,7 +74,7 @@ class TwoPasses:
         self.index = index.gather(0, place)
 
     def _classes(self, x: Tensor, labels: np.ndarray) -> None:
-        over = (self._latents(x) > TAU).sum(1).numpy()
+        over = (self._latents(x) > TAU).sum(1).cpu().numpy()
         for label, counts in zip(labels, over, strict=True):
             self.count[label] += counts
 

@@ -85,6 +85,7 @@ class Ours:
         ghost = setting.dead is not None
         self.sae = SAE(SAEConfig(d_in=d_in, expansion=d_sae // d_in, l1=setting.l1, ghost=ghost))
         self.sae.load_state_dict(_by_name(weights, weights.rows))
+        self.sae.to(weights.rows.device)
         self.stepper, self.setting, self.l0 = Stepper(self.sae, execution), setting, 0.0
 
     def step(self, x: Tensor) -> float:
@@ -141,7 +142,7 @@ class Released:
         start = (weights.rows.T.contiguous(), weights.b_enc, weights.rows, weights.b_dec)
         self.parameters = [nn.Parameter(tensor.clone()) for tensor in start]
         self.adam = torch.optim.Adam(self.parameters, lr=setting.lr)
-        self.silent = torch.zeros(len(weights.rows), dtype=torch.int64)
+        self.silent = torch.zeros(len(weights.rows), dtype=torch.int64, device=weights.rows.device)
         self.setting = setting
 
     def pre_activations(self, x: Tensor) -> Tensor:
@@ -195,9 +196,11 @@ class SAELens:
         from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
         from sae_lens.training.sae_trainer import SAETrainer
 
-        d_sae, d_in = weights.rows.shape
+        (d_sae, d_in), device = weights.rows.shape, str(weights.rows.device)
         self.sae = StandardTrainingSAE(
-            StandardTrainingSAEConfig(d_in, d_sae, l1_coefficient=setting.l1, decoder_init_norm=None)
+            StandardTrainingSAEConfig(
+                d_in, d_sae, l1_coefficient=setting.l1, decoder_init_norm=None, device=device
+            )
         )
         self.sae.load_state_dict(_by_name(weights, weights.rows.T))
         config = SAETrainerConfig(
@@ -205,6 +208,7 @@ class SAELens:
             train_batch_size_samples=setting.tokens,
             lr=setting.lr,
             lr_end=setting.lr,
+            device=device,
             logger=LoggingConfig(log_to_wandb=False),
         )
         self.trainer = SAETrainer(config, self.sae, data_provider=iter(()))
@@ -242,12 +246,16 @@ class Overcomplete:
         self.model.dictionary._weights.data.copy_(weights.rows)
         self.model.untied(bias=True)
         self.model.encoder.bias.data.copy_(weights.b_enc)
+        self.model.to(weights.rows.device)
         self.adam = torch.optim.Adam(self.model.parameters(), lr=setting.lr)
         # its L1 term sums over the batch
         self.penalty, self.b_dec, self.last = setting.l1 / setting.tokens, weights.b_dec, 0.0
 
     def step(self, x: Tensor) -> float:
-        self.train(self.model, [x - self.b_dec], self._criterion, self.adam, nb_epochs=1, monitoring=0)
+        batches, device = [x - self.b_dec], str(x.device)
+        self.train(
+            self.model, batches, self._criterion, self.adam, nb_epochs=1, monitoring=0, device=device
+        )
         return self.last.item()
 
     def _criterion(self, *terms: Tensor) -> Tensor:
@@ -273,6 +281,7 @@ class Saev:
         config = Config(d_vit=d_in, exp_factor=d_sae // d_in, sparsity_coeff=setting.l1)
         self.sae = SparseAutoencoder(config)
         self.sae.load_state_dict(_by_name(weights, weights.rows.T))
+        self.sae.to(weights.rows.device)
         self.adam = torch.optim.Adam(self.sae.parameters(), lr=setting.lr, fused=True)
 
     def step(self, x: Tensor) -> float:
@@ -302,8 +311,9 @@ class Sparsify:
         self.coder = SparseCoder(d_in, SparseCoderConfig(num_latents=d_sae, k=setting.l0))
         start = {"encoder.weight": weights.rows, "encoder.bias": weights.b_enc}
         self.coder.load_state_dict({**start, "W_dec": weights.rows, "b_dec": weights.b_dec})
+        self.coder.to(weights.rows.device)
         self.adam = torch.optim.Adam(self.coder.parameters(), lr=setting.lr)
-        self.fired = torch.zeros(d_sae, dtype=torch.bool)
+        self.fired = torch.zeros(d_sae, dtype=torch.bool, device=weights.rows.device)
 
     def step(self, x: Tensor) -> float:
         self.coder.set_decoder_norm_to_unit_norm()

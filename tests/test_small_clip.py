@@ -214,7 +214,10 @@ def test_two_processes_take_the_mean_of_their_gradients(tmp_path):
     )
     for seen in (0, 16):
         parts = training.losses(
-            clip, head, training.draw_batch(recipe, phase, seen, tokenizer, normal, "cpu"), phase.patches
+            clip,
+            head,
+            training.draw_batch(training.plan_batch(recipe, phase, seen, tokenizer), phase, normal, "cpu"),
+            phase.patches,
         )
         names = ("contrastive", "head", "patches", "tiles", "unsaid", "crowded")
         (sum(w * parts[name] for name, w in zip(names, weights, strict=True)) / 2).backward()

@@ -16,6 +16,7 @@ import argparse
 import csv
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +28,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, Dataset
 
 import patchsae.runs.compat  # noqa: F401  (before open_clip)
 
@@ -36,7 +38,7 @@ from open_clip.tokenizer import SimpleTokenizer
 
 from patchbook.scenes.captions import captions
 from patchbook.scenes.catalogue import concepts, trained_mask
-from patchbook.scenes.pictograms import SceneConfig, render
+from patchbook.scenes.pictograms import Layout, SceneConfig, content, layout, paint, render
 from patchsae.runs.ranks import Ranks, join, local_device
 from patchsae.runs.stage import project_root, write_atomic, write_json
 
@@ -164,10 +166,13 @@ def attend(attention: nn.MultiheadAttention, x: torch.Tensor, mask: torch.Tensor
     heads = attention.num_heads
     qkv = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
     q, k, v = qkv.view(batch, tokens, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
-    scores = (q * (width // heads) ** -0.5) @ k.transpose(-1, -2)  # [B, H, T, T]
-    if mask is not None:
-        scores = scores + mask
-    mixed = scores.softmax(-1).to(v.dtype) @ v
+    if x.is_cuda:
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=mask is not None)
+    else:
+        scores = (q * (width // heads) ** -0.5) @ k.transpose(-1, -2)  # [B, H, T, T]
+        if mask is not None:
+            scores = scores + mask
+        mixed = scores.softmax(-1).to(v.dtype) @ v
     mixed = mixed.transpose(1, 2).reshape(batch, tokens, width)
     return F.linear(mixed, attention.out_proj.weight, attention.out_proj.bias)
 
@@ -213,11 +218,12 @@ def image_tower(clip: CLIP, images: torch.Tensor, keep: torch.Tensor | None = No
 
 
 def text_tower(clip: CLIP, tokens: torch.Tensor) -> torch.Tensor:
-    """Compute encode_text in four parts of similar length, each cropped to its longest caption."""
+    """Compute encode_text in parts of similar length, each cropped to its longest caption."""
     end = tokens.argmax(-1)
     order = end.argsort()
     rows = []
-    for part in order.tensor_split(min(4, len(order))):
+    parts = 1 if tokens.is_cuda else min(4, len(order))  # a GPU waits for launches rather than for padding
+    for part in order.tensor_split(parts):
         length = int(end[part].max()) + 1
         x = clip.token_embedding(tokens[part, :length]) + clip.positional_embedding[:length]
         x = run_blocks(clip.transformer.resblocks, x, clip.attn_mask[:length, :length])
@@ -412,18 +418,29 @@ def mosaic_patches(order: torch.Tensor, side: int) -> torch.Tensor:
     return inside.flatten(1)
 
 
-def draw_batch(recipe: Recipe, phase: Phase, seen: int, tokenizer, normal: dict, device: str) -> Batch:
-    """Draw the step that begins at image number `seen`, the same in a run that was resumed."""
-    where = np.arange(seen, seen + (phase.batch or recipe.batch))
+class Plan(NamedTuple):
+    """One step before anything is drawn: what no GPU is needed for, so that other processes can make it."""
+
+    scenes: Layout
+    keep: torch.Tensor | None  # as in Batch, and so below
+    quarters: Layout | None  # four to a mosaic
+    mosaic_keep: torch.Tensor | None
+    texts: torch.Tensor
+    nouns: np.ndarray
+
+
+def plan_batch(recipe: Recipe, phase: Phase, seen: int, tokenizer) -> Plan:
+    """Plan the step that begins at image number `seen`, the same in a run that was resumed."""
+    where, key = np.arange(seen, seen + (phase.batch or recipe.batch)), f"train/{recipe.seed}"
     config = SceneConfig(size=phase.size, objects=phase.objects, scale=phase.scale, tint=phase.tint)
-    scenes = render("train", recipe.seed, where, config, device=device)
-    said = captions(f"clip/{recipe.seed}", where, scenes)
+    scenes = layout(key, where, config)
+    said = captions(f"clip/{recipe.seed}", where, content(scenes))
     side = phase.size // 8
     draw = torch.Generator().manual_seed(recipe.seed * 1_000_003 + seen)
-    keep = mosaics = mosaic_keep = tiles = None
+    keep = quarters = mosaic_keep = None
     if phase.keep < 1:
         order = torch.rand(len(where), side**2, generator=draw).argsort(1)
-        keep = order[:, : round(side**2 * phase.keep)].to(device)
+        keep = order[:, : round(side**2 * phase.keep)]
     shown = [scenes.concepts]
     if phase.mosaics:
         small = replace(
@@ -431,21 +448,57 @@ def draw_batch(recipe: Recipe, phase: Phase, seen: int, tokenizer, normal: dict,
         )
         # scenes of their own, beyond any that a phase shows whole
         start = 2**40 + 4 * phase.mosaics * (seen // len(where))
-        quarters = render(
-            "train", recipe.seed, np.arange(start, start + 4 * phase.mosaics), small, device=device
-        )
+        quarters = layout(key, np.arange(start, start + 4 * phase.mosaics), small)
         shown.append(quarters.concepts)
         order = torch.rand(phase.mosaics, 4, (side // 2) ** 2, generator=draw).argsort(2)
         order = order[..., : round((side // 2) ** 2 * phase.mosaic_keep)]
-        mosaics, mosaic_keep = _pixels(mosaic(quarters.images), normal), mosaic_patches(order, side // 2)
-        mosaic_keep, tiles = mosaic_keep.to(device), torch.from_numpy(quarters.concepts).to(device)
+        mosaic_keep = mosaic_patches(order, side // 2)
     nouns = np.unique(np.concatenate(shown)) if any(phase.patches) else np.array([], np.int64)
     nouns = nouns[nouns >= 0]
     texts = tokenizer(said + [f"a picture of a {concepts()[c].name}" for c in nouns])
+    return Plan(scenes, keep, quarters, mosaic_keep, texts, nouns)
+
+
+def draw_batch(plan: Plan, phase: Phase, normal: dict, device: str) -> Batch:
+    """Draw a planned step."""
+
+    def moved(values: torch.Tensor | np.ndarray | None) -> torch.Tensor | None:
+        return None if values is None else torch.as_tensor(values).to(device)
+
+    images = _pixels(paint(plan.scenes, "train", phase.size, device).images, normal)
+    mosaics = tiles = None
+    if plan.quarters is not None:
+        drawn = paint(plan.quarters, "train", phase.size // 2, device)
+        mosaics, tiles = _pixels(mosaic(drawn.images), normal), moved(drawn.concepts)
     return Batch(
-        _pixels(scenes.images, normal), keep, torch.from_numpy(scenes.concepts).to(device), mosaics,
-        mosaic_keep, tiles, texts.to(device), torch.from_numpy(nouns).to(device),
+        images, moved(plan.keep), moved(plan.scenes.concepts), mosaics, moved(plan.mosaic_keep), tiles,
+        moved(plan.texts), moved(plan.nouns),
     )  # fmt: skip
+
+
+class Plans(Dataset):
+    """The plans of the steps that begin at the image numbers `starts`, for process `rank`."""
+
+    def __init__(self, recipe: Recipe, starts: list[int], rank: int, tokenizer):
+        self.recipe, self.starts, self.rank, self.tokenizer = recipe, starts, rank, tokenizer
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, number: int) -> Plan:
+        seen = self.starts[number]
+        phase = phase_at(self.recipe.phases, seen)
+        own = seen + self.rank * (phase.batch or self.recipe.batch)
+        return plan_batch(self.recipe, phase, own, self.tokenizer)
+
+
+def steps_from(recipe: Recipe, seen: int, world: int) -> list[int]:
+    """List the image numbers at which the steps of `world` processes begin, from `seen` to the end."""
+    starts = []
+    while (phase := phase_at(recipe.phases, seen)) is not None:
+        starts.append(seen)
+        seen += world * (phase.batch or recipe.batch)
+    return starts
 
 
 def _pixels(images: torch.Tensor, normal: dict) -> torch.Tensor:
@@ -531,11 +584,13 @@ def train(
     every: float = 120.0,
     evaluations: int = 12,
     start_from: Path | None = None,
+    workers: int = 0,
 ) -> CLIP:
     """Train to the end of the last phase, or for `minutes`, leaving checkpoint and curve in `run`.
 
     A checkpoint is written `every` so many seconds, and accuracy measured `evaluations` times. With
-    `start_from`, a folder that `publish` wrote, only the last phase is run, on that model.
+    `start_from`, a folder that `publish` wrote, only the last phase is run, on that model. `workers`
+    processes plan steps ahead.
     """
     ranks = join(device)
     torch.manual_seed(recipe.seed)
@@ -570,11 +625,16 @@ def train(
             "world": ranks.world,
         })  # fmt: skip
 
-    while (phase := phase_at(recipe.phases, seen)) is not None:
+    plans = Plans(recipe, steps_from(recipe, seen, ranks.world), ranks.rank, tokenizer)
+    ahead = {"prefetch_factor": 4} if workers else {}
+    # one process's plans are made in the order of its steps, by whichever worker is next
+    for plan in DataLoader(
+        plans, batch_size=None, collate_fn=lambda plan: plan, num_workers=workers, **ahead
+    ):
         if ranks.agree(minutes is not None and time.time() - start > minutes * 60 + spent):
             break
-        own = seen + ranks.rank * (phase.batch or recipe.batch)
-        batch = draw_batch(recipe, phase, own, tokenizer, normal, device)
+        phase = phase_at(recipe.phases, seen)
+        batch = draw_batch(plan, phase, normal, device)
         parts = losses(clip, head, batch, phase.patches)
         whole, tiled = phase.patches
         weights = {
@@ -672,6 +732,9 @@ def main() -> None:
         help="folder for the checkpoint",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--workers", type=int, help="processes that plan steps ahead; by default none without a GPU"
+    )
     parser.add_argument("--minutes", type=float, help="stop after this long; start again to go on")
     parser.add_argument("--muon-lr", type=float, default=Recipe.muon_lr)
     parser.add_argument(
@@ -680,7 +743,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE, help="where weights, card and curve go")
     args = parser.parse_args()
     recipe = Recipe(seed=args.seed, phases=RECIPES[args.recipe], muon_lr=args.muon_lr)
-    clip = train(recipe, args.folder, local_device(args.device), args.minutes, start_from=args.from_model)
+    workers = args.workers
+    if workers is None:
+        workers = max(1, (os.cpu_count() or 2) - 2) if args.device.startswith("cuda") else 0
+    device = local_device(args.device)
+    clip = train(recipe, args.folder, device, args.minutes, start_from=args.from_model, workers=workers)
     if not join(args.device).first:
         return
     publish(clip, recipe, args.folder, args.out, args.from_model)

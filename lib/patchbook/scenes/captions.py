@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from patchbook.scenes.catalogue import concepts
-from patchbook.scenes.pictograms import STYLE_WORDS, TINTS, Scenes, uniforms
+from patchbook.scenes.pictograms import STYLE_WORDS, TINTS, Content, Scenes, uniforms
 
 
-def captions(key: str, indices: np.ndarray, scenes: Scenes) -> list[str]:
+def captions(key: str, indices: np.ndarray, scenes: Scenes | Content) -> list[str]:
     """Describe scenes in words, varying the wording by (key, index).
 
     Names, the Unicode subgroup, the style of each object and a written word appear at random, so that

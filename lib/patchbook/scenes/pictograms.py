@@ -73,6 +73,15 @@ class Scenes(NamedTuple):
     tints: np.ndarray  # [B, SLOTS] int64, position in TINTS, -1 for the drawing's own colours
 
 
+class Content(NamedTuple):
+    """What a plan shows, known before anything is drawn; the fields are those of `Scenes`."""
+
+    concepts: np.ndarray
+    styles: np.ndarray
+    word: np.ndarray
+    tints: np.ndarray
+
+
 def uniforms(key: str, indices: np.ndarray, n: int) -> np.ndarray:
     """Draw n numbers in [0, 1) for each index, depending on (key, index) alone: float64 [B, n]."""
     salt = np.uint64(int(short_hash(key), 16))
@@ -246,6 +255,12 @@ def layout(
     return Layout(chosen, style, written, centre, scale, angle, flip, gain, rest[:, 8:24], tint)
 
 
+def content(plan: Layout) -> Content:
+    """Tell what a plan shows."""
+    word = np.array([written_words()[i] if i >= 0 else -1 for i in plan.word], dtype=np.int64)
+    return Content(plan.concepts, plan.styles, word, plan.tint)
+
+
 def _affine(centre: np.ndarray, scale: np.ndarray, angle: np.ndarray, flip: np.ndarray) -> torch.Tensor:
     """Map canvas coordinates to texture coordinates: float32 [B, 2, 3]."""
     cos, sin = np.cos(angle) / scale, np.sin(angle) / scale
@@ -381,6 +396,5 @@ def paint(plan: Layout, split: str, size: int, device: str | torch.device = "cpu
             _colour(drawn, plan.tint[here, slot])
         canvas[rows] = canvas[rows] * (1 - alpha) + drawn[:, :3] * gain
         masks[rows] = masks[rows].masked_fill(alpha[:, 0] >= 0.5, slot + 1)
-    word = np.array([written_words()[i] if i >= 0 else -1 for i in plan.word], dtype=np.int64)
     images = canvas.round().clamp(0, 255).byte()
-    return Scenes(images, masks, plan.concepts, plan.styles, word, plan.tint)
+    return Scenes(images, masks, *content(plan))
