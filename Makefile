@@ -14,7 +14,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.mmap_threshold=4294967296:glibc.malloc.tri
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lab bench soak clip prompts saes lock clean
+.PHONY: help book test lab bench gpu soak clip prompts saes lock clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,10 @@ lab: $(INSTALLED) ## Open the notebooks in JupyterLab
 
 bench: $(BENCH)/.installed ## Install the peers in .bench-venv, measure, write benchmarks/results.json
 	$(BENCH)/bin/python benchmarks/run.py
+
+gpu: $(BENCH)/.installed ## Check the kernels and measure beside the peers on a GPU; write benchmarks/gpu-CARD.json
+	$(BENCH)/bin/pip install --quiet pytest
+	$(BENCH)/bin/python benchmarks/gpu.py
 
 soak: $(INSTALLED) ## Attack everything that is read and written, at full numbers; write benchmarks/soak.json
 	$(BIN)/python tests/reliability/soak.py

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import yaml
 
+from patchbook import gpu_page
 from patchbook.executing import Executed, execute, with_text_of
 from patchbook.parameters import read_notebook
 from patchbook.publishing import publish
@@ -43,6 +44,7 @@ from patchsae.runs.stopping import Stopped, end_with_parent, stoppable
 
 REPORT = "book/report"  # a page that is made here
 RELIABILITY = "book/reliability"  # another, from the last soak
+GPUS = "book/gpus"  # another, from the files of `make gpu`
 DIGEST = "book/digest.txt"  # and what the introduction includes of it, no page of its own
 CARD = "book/data_card"  # a page whose pictures are drawn here
 MATHJAX = "tex-svg-full.js"
@@ -252,6 +254,8 @@ def main() -> int:
                 write_report(root, build, executed, drawn)
             if RELIABILITY in pages(root):
                 place(write_page(root, build / "reliability.md"), root / f"{RELIABILITY}.md")
+            if GPUS in pages(root):
+                place(gpu_page.write_page(root, build / "gpus.md"), root / f"{GPUS}.md")
             index = render(root, build)
             if REPORT in pages(root):
                 place(build / "report.json", build / "html" / "report.json")
