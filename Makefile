@@ -14,7 +14,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.mmap_threshold=4294967296:glibc.malloc.tri
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lab bench gpu soak clip prompts saes lock clean
+.PHONY: help book test lab bench gpu soak clip prompts saes full lock clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,13 @@ prompts: $(INSTALLED) ## Learn the prompts of artefacts/prompts again where they
 
 saes: $(INSTALLED) ## Train the autoencoders of artefacts/sae again where they are missing or do not fit
 	$(BIN)/python artefacts/sae/train.py
+
+full: $(INSTALLED) ## Train everything that is shipped again, from nothing, and make the book of that
+	rm -rf results/small_clip artefacts/prompts/maple artefacts/prompts/coop artefacts/prompts/vpt
+	$(MAKE) clip
+	$(MAKE) prompts
+	$(BIN)/python artefacts/sae/train.py --force
+	$(MAKE) book
 
 lock: ## Resolve the newest indirect dependencies and write requirements.lock
 	rm -rf .lock-venv

@@ -12,11 +12,11 @@ from patchsae.runs.stage import write_atomic
 FILES = "benchmarks/gpu-*.json"  # one for each card; parts of the repository
 
 HOW = """\
-`make gpu` measures all of this on your card and writes a file of its own, which this page shows at the next
-`make book`. Everybody starts from the same weights, sees the same tokens and takes turns; a step is forward,
-backward, the constraints on the decoder and Adam. *float32* and *TF32* are settings of torch for products
-of the other packages: TF32 is faster, and drops 13 of the 23 bits of every factor. Ours finds the same
-active latents in each way, those that a product in full precision finds, and computes them in float32.
+`make gpu` measures all of this on your card and writes a file of its own, which this page shows at the
+next `make book`. Everybody starts from the same weights, sees the same tokens and takes turns; a step is
+forward, backward, the constraints on the decoder and Adam. *float32* and *TF32* are settings of torch for
+products of the other packages: TF32 is faster, and drops 13 of the 23 bits of every factor. Ours finds the
+same active latents in each way, those that a product in full precision finds, and computes them in float32.
 """
 
 
@@ -120,8 +120,8 @@ def _training(part: dict[str, Any]) -> list[str]:
     lines = [
         "### Training in the paper's shape",
         "",
-        "ViT-B/16 with random weights on pictures of noise, its tokens made on the card, 49,152 latents, the "
-        "first steps of the paper's recipe, in which thousands of latents are still active.",
+        "ViT-B/16 with random weights on pictures of noise, its tokens made on the card, 49,152 latents, "
+        "the first steps of the paper's recipe, in which thousands of latents are still active.",
         "",
         "| tower | images a second | tower alone | L0 | most memory, GB |",
         "|---|---:|---:|---:|---:|",
