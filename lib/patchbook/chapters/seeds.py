@@ -124,11 +124,11 @@ def match_lines(found: Matched) -> list[str]:
             f"start the dictionary matches at {told.start:.2f}, so {verdict}."
         )
     times, shared = found.longest
-    lines.append(
-        f"**Longer training**: the autoencoder of chapter 1 has seen {times:.3g} times the tokens of "
-        f"the row "
-        f"on all tokens. The two match at {shared:.2f}."
-    )
+    if times > 1:  # the row is a short run, not chapter 1's own autoencoder
+        lines.append(
+            f"**Longer training**: the autoencoder of chapter 1 has seen {times:.3g} times the tokens of "
+            f"the row on all tokens. The two match at {shared:.2f}."
+        )
     if keep:
         lines.append(
             f"**In {len(keep)} of {len(found.curves)} dictionaries ({', '.join(keep)}) the step from "

@@ -148,6 +148,8 @@ class Overview(NamedTuple):
     tokens: int
     patches: int
     backbone: str
+    pictures: str = "test images"
+    """What the images are called."""
 
     def __str__(self) -> str:
         own, through = self.names
@@ -158,7 +160,7 @@ class Overview(NamedTuple):
         )
         kept = percent([v / 100 for v in self.kept])
         return (
-            f"{here} Over {self.images:,} test images of {self.classes:,} classes, it is the same for "
+            f"{here} Over {self.images:,} {self.pictures} of {self.classes:,} classes, it is the same for "
             f"{kept} %."
         )
 
@@ -190,9 +192,12 @@ def overview(run: Run, text: Tensor, test_images: int) -> Overview:
     kept = bootstrap(100.0 * (own == through), run.seed)
     names = tuple(test.classnames[values.argmax()] for values in answers.values())
     steps = (f"blocks 1–{block}", "encoder", "decoder")
+    # where several things compete to be the label, small errors turn more answers than they cost accuracy
+    pictures = "test scenes, many of several objects," if run.has_masks else "test images"
     return Overview(
-        shown, steps, names, kept, len(counted), len(text), stream.shape[1], len(patches), backbone.name
-    )
+        shown, steps, names, kept, len(counted), len(text), stream.shape[1], len(patches), backbone.name,
+        pictures,
+    )  # fmt: skip
 
 
 def fig_1(found: Overview) -> Finding:
