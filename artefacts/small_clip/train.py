@@ -97,10 +97,11 @@ SPEAK = Phase(
 # concepts' share of object patches' variance .42, .46, .53; largest principal direction .46, .14, .10.
 # After 620 steps at weight 4 the share was .67 and that direction .55, so crowding became a loss, too.
 PLAIN = replace(SPEAK, images=140_800, unsaid=4.0)
-# What a GPU can add, tried in eight minutes of an H200 and not shipped: 25 times as many images of the last
-# kind. The loss of tiles falls from 1.36 to .34, what is unsaid from .145 to .081; of the pairs never shown
-# 74 % are named, not 41 %; some latent tells 99 % of concepts, not 56 %. But so do the stream's own
-# dimensions (92 %, not 33 %) and an untrained SAE (73 %, not 12 %): little is left for an autoencoder to do.
+# What a GPU can add, tried in eight minutes of an H200 and not shipped: 25 times as many images of the
+# last kind. The loss of tiles falls from 1.36 to .34, what is unsaid from .145 to .081; of the pairs
+# never shown 74 % are named, not 41 %; some latent tells 99 % of concepts, not 56 %. But so do the
+# stream's own dimensions (92 %, not 33 %) and an untrained SAE (73 %, not 12 %): little is left for an
+# autoencoder to do.
 LONG = replace(PLAIN, images=1_529_856, batch=1_024, mosaics=256, decay_from=1.0)
 LONGER = replace(PLAIN, images=1_990_656, batch=2_048, mosaics=512, decay_from=0.1)
 CPU = (
