@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patchsae.runs.errors import PatchSAEError
-from patchsae.sae import cpu as sparse_cpu
-from patchsae.sae import cpu_kernels
+from patchsae.sae import cpu, cpu_kernels
 from patchsae.sae.model import SAE, SAEConfig
 from patchsae.sae.step import Execution, Stepper, latent_lists
 
@@ -110,7 +109,7 @@ def test_bf16_candidates_miss_no_active_entry(seed, n, d, scale):
     # biases that put many pre-activations within a rounding error of zero
     exact = (x - shift).astype(np.float64) @ W.T.astype(np.float64)
     bias = (-exact[rng.integers(0, n, latents), np.arange(latents)]).astype(np.float32)
-    lists, _, _ = sparse_cpu.active(x, W, bias, shift, bf16=True)
+    lists, _, _ = cpu.active(x, W, bias, shift, bf16=True)
     z = exact + bias
     found = np.zeros_like(z)
     found[lists.index, np.repeat(np.arange(latents), np.diff(lists.start))] = lists.value
@@ -123,10 +122,10 @@ def test_lists_are_ordered_and_turn_into_each_other():
     rng = np.random.default_rng(0)
     x, W = rng.standard_normal((37, 8), np.float32), rng.standard_normal((1100, 8), np.float32)
     zeros = np.zeros(1100, np.float32)
-    lists, centred, _ = sparse_cpu.active(x, W, zeros, zeros[:8], bf16=False)
+    lists, centred, _ = cpu.active(x, W, zeros, zeros[:8], bf16=False)
     assert (centred == x).all()
     dense = np.maximum(x @ W.T, 0)
-    by_token = sparse_cpu.by_token(lists, len(x))
+    by_token = cpu.by_token(lists, len(x))
     for j in range(len(x)):
         row = slice(by_token.start[j], by_token.start[j + 1])
         assert (by_token.index[row] == np.flatnonzero(dense[j])).all()
@@ -145,7 +144,7 @@ def test_tokens_that_are_not_finite_are_no_silence(config, value):
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_many_threads_find_the_same_in_smaller_blocks(bf16):
-    assert [sparse_cpu.block_size(n) for n in (1, 2, 8, 16, 64)] == [512, 512, 128, 64, 64]
+    assert [cpu.block_size(n) for n in (1, 2, 8, 16, 64)] == [512, 512, 128, 64, 64]
     rng = np.random.default_rng(0)
     x, W = rng.standard_normal((90, 40), np.float32), rng.standard_normal((1300, 40), np.float32)
     bias = -5 * rng.random(1300, np.float32)
@@ -153,7 +152,7 @@ def test_many_threads_find_the_same_in_smaller_blocks(bf16):
     for threads in (2, 16):
         torch.set_num_threads(threads)
         try:
-            found.append(sparse_cpu.active(x, W, bias, np.zeros(40, np.float32), bf16)[0])
+            found.append(cpu.active(x, W, bias, np.zeros(40, np.float32), bf16)[0])
         finally:
             torch.set_num_threads(before)
     np.testing.assert_array_equal(found[0].start, found[1].start)

@@ -19,7 +19,7 @@ from patchbook.chapters.truth import (
     explained_by,
     selectivity,
 )
-from patchbook.chapters.verdicts import is_above
+from patchbook.chapters.verdicts_of_models import is_above
 from patchbook.lessons import Lesson
 from patchbook.report import Beyond, beyond
 from patchbook.tables import Table, estimate, fixed, percent

@@ -11,10 +11,10 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from patchbook.chapters.judged import NO_MASKS, lacking, richer_deeper
 from patchbook.chapters.localization import Described, Scene, strongest
 from patchbook.chapters.mask_scores import TITLES
 from patchbook.chapters.opening import Run
+from patchbook.chapters.verdicts_of_latents import NO_MASKS, lacking, richer_deeper
 from patchbook.figures import Layer, Shown
 from patchbook.report import Finding, finding
 from patchbook.scenes.embedded import domain_sets

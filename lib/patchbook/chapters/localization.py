@@ -9,9 +9,9 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from patchbook.chapters.judged import NO_MASKS, Found, lacking, shared_across
 from patchbook.chapters.mask_scores import MaskScores
 from patchbook.chapters.opening import Run, pictures, shown
+from patchbook.chapters.verdicts_of_latents import NO_MASKS, Found, lacking, shared_across
 from patchbook.figures import Level, Shown
 from patchbook.lessons import Lesson, lesson
 from patchbook.report import Finding, finding

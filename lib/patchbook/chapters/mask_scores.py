@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from patchbook.chapters.judged import Found, points_better
 from patchbook.chapters.opening import Run
+from patchbook.chapters.verdicts_of_latents import Found, points_better
 from patchbook.lessons import Lesson, lesson
 from patchbook.report import Finding
 from patchbook.scenes.embedded import domain_sets

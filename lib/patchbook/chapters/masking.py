@@ -11,7 +11,7 @@ import xarray as xr
 from torch import Tensor
 
 from patchbook.chapters.opening import Run, pictures
-from patchbook.chapters.verdicts import all_of, is_within, masks_tell
+from patchbook.chapters.verdicts_of_models import all_of, is_within, masks_tell
 from patchbook.lessons import Lesson, lesson
 from patchbook.report import Finding, Verdict, finding
 from patchbook.tables import Estimate, Table, fixed, in_percent, percent

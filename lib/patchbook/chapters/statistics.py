@@ -8,8 +8,8 @@ import numpy as np
 import torch
 import xarray as xr
 
-from patchbook.chapters.judged import in_two_clusters
 from patchbook.chapters.opening import Run, shown
+from patchbook.chapters.verdicts_of_latents import in_two_clusters
 from patchbook.lessons import Lesson, lesson
 from patchbook.report import Finding, finding
 from patchbook.tables import Estimate, Table, estimate, fixed

@@ -18,10 +18,10 @@ from patchbook.chapters.ablation import (
     Sweep,
     run_rows,
 )
-from patchbook.chapters.judged import Found, same_directions
 from patchbook.chapters.opening import Run
 from patchbook.chapters.published import TABLE_2, Ablated
-from patchbook.chapters.verdicts import cohens_h, is_above
+from patchbook.chapters.verdicts_of_latents import Found, same_directions
+from patchbook.chapters.verdicts_of_models import cohens_h, is_above
 from patchbook.figures import Traded
 from patchbook.lessons import Lesson
 from patchbook.recipes import TWIN

@@ -9,8 +9,8 @@ from functools import cached_property
 import numpy as np
 import xarray as xr
 
-from patchbook.chapters.judged import at_home, consistent_elsewhere
 from patchbook.chapters.opening import Run, pictures, shown
+from patchbook.chapters.verdicts_of_latents import at_home, consistent_elsewhere
 from patchbook.report import Finding, finding
 from patchsae.images.sets import Dataset, ImageSet
 from patchsae.latents.atlas import AtlasConfig

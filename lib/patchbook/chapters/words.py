@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchbook.chapters.judged import p_of, reads_and_sees
 from patchbook.chapters.localization import Described
 from patchbook.chapters.opening import Run, pictures
 from patchbook.chapters.reading import Cards, Multimodal, auroc, multimodal, word_cards
+from patchbook.chapters.verdicts_of_latents import p_of, reads_and_sees
 from patchbook.figures import Shown
 from patchbook.lessons import Lesson, lesson
 from patchbook.report import Finding, finding

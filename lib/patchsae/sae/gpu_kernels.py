@@ -1,4 +1,4 @@
-"""The Triton kernels of the exact sparse step; sparse_gpu.py launches them and explains the whole."""
+"""The Triton kernels of the exact sparse step; gpu.py launches them and explains the whole."""
 
 import triton
 import triton.language as tl

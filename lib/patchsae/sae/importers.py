@@ -128,7 +128,10 @@ def export_saelens(sae: SAE, folder: str | Path) -> Path:
     BatchTopK becomes JumpReLU at its fixed threshold, which computes the same.
     """
     folder, config = Path(folder), sae.config
-    kind = {Activation.RELU: "standard", Activation.TOPK: "topk"}.get(config.activation, "jumprelu")
+    kind = {
+        Activation.RELU: "standard", Activation.TOPK: "topk",
+        Activation.BATCHTOPK: "jumprelu", Activation.JUMPRELU: "jumprelu",
+    }[config.activation]  # fmt: skip
     # Their layer norm divides by the sample's standard deviation, ours by the population's.
     scale = _std_ratio(sae.d_in) if config.input_norm is InputNorm.LAYER_NORM else 1.0
     weights = {"W_enc": sae.W_enc.T * scale, "b_enc": sae.b_enc}

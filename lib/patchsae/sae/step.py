@@ -193,11 +193,9 @@ class Stepper:
         """Return the module with `forward`, `gradients` and `update` for the SAE's device."""
         if self.sae.W_dec.device.type == "cpu":
             return cpu
-        from patchsae.sae import (
-            gpu as sparse_gpu,  # needs Triton, which comes with torch's CUDA build alone
-        )
+        from patchsae.sae import gpu  # needs Triton, which comes with torch's CUDA build alone
 
-        return sparse_gpu
+        return gpu
 
     def _combine(self, step: Step, n: int) -> Step:
         """Average gradients and scalars over the group's tokens, and join what fired."""
@@ -259,10 +257,10 @@ def latent_lists(sae: SAE, x: Tensor, bf16: bool = True) -> cpu.Lists:
     if can_be_sparse(sae, x):
         if x.device.type == "cpu":
             return cpu.forward_lists(sae, x.contiguous(), bf16)
-        from patchsae.sae import gpu as sparse_gpu
+        from patchsae.sae import gpu
 
         shifted = x - sae.b_dec if sae.config.subtract_b_dec else x
-        found = sparse_gpu.active_set(shifted.contiguous(), sae.W_enc, sae.b_enc, bf16)
+        found = gpu.active_set(shifted.contiguous(), sae.W_enc, sae.b_enc, bf16)
         return cpu.Lists(*(part.cpu().numpy() for part in found))
     latent, token, value = [], [], []
     for start in range(0, len(x), TILE):

@@ -9,7 +9,7 @@ import numpy as np
 
 from patchbook.chapters.adaptation.tasks import CLIP, MAPLE, Adaptation, Half, Task, hits, in_words
 from patchbook.chapters.published import TABLE_1
-from patchbook.chapters.verdicts import Unseen, better_and_high, ratio, unseen_gains_more
+from patchbook.chapters.verdicts_of_models import Unseen, better_and_high, ratio, unseen_gains_more
 from patchbook.lessons import Lesson, lesson
 from patchbook.report import Beyond, Finding, beyond, finding
 from patchbook.scenes.catalogue import trained_mask

@@ -11,7 +11,7 @@ from patchbook.chapters.adaptation.accuracy import REGIONS
 from patchbook.chapters.adaptation.tasks import Adaptation, Task, answers, in_words
 from patchbook.chapters.opening import pictures, shown
 from patchbook.chapters.published import TABLE_1
-from patchbook.chapters.verdicts import (
+from patchbook.chapters.verdicts_of_models import (
     ONE_SET,
     all_of,
     cohens_d,

@@ -10,7 +10,7 @@ import xarray as xr
 
 from patchbook.chapters.adaptation.ranked import area
 from patchbook.chapters.adaptation.tasks import Adaptation
-from patchbook.chapters.verdicts import cohens_d, is_within
+from patchbook.chapters.verdicts_of_models import cohens_d, is_within
 from patchbook.report import Finding, Verdict, finding
 from patchbook.tables import in_percent
 from patchsae.latents.atlas import AtlasConfig

@@ -11,7 +11,7 @@ import xarray as xr
 
 from patchbook.chapters.adaptation.tasks import Adaptation, Task, pooled
 from patchbook.chapters.opening import pictures, shown
-from patchbook.chapters.verdicts import cohens_d, is_above, no_matter_who_ranks, ratio
+from patchbook.chapters.verdicts_of_models import cohens_d, is_above, no_matter_who_ranks, ratio
 from patchbook.figures import Counts
 from patchbook.lessons import Lesson, lesson
 from patchbook.report import Finding, Verdict, finding

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from patchbook.chapters.opening import Run
 from patchbook.chapters.published import TABLE_1, Published
-from patchbook.chapters.verdicts import ONE_SET, Judged
+from patchbook.chapters.verdicts_of_models import ONE_SET, Judged
 from patchsae.adaptation.prompt_files import MissingPrompts, find_prompts
 from patchsae.adaptation.prompts import Method
 from patchsae.adaptation.remapping import (

@@ -1,10 +1,12 @@
 // The autoencoder: tokens to a few latents each, and tokens with latents turned (masking/masked_tokens.py).
 
+const KINDS = ["relu", "topk", "batchtopk", "jumprelu"]; // sae/config.py's Activation
 const RELEASED_BIAS = 0.105131256516992; // minus the released code's -0.105… on every coordinate
 
 class Autoencoder {
   constructor(products, weights, config, most) {
     Object.assign(this, { products, ...config });
+    if (!KINDS.includes(this.kind)) throw new Error(`This page knows no activation "${this.kind}": make it again with this version.`);
     this.decoder = weights.get("sae.dec");
     this.bias = weights.get("sae.dec.b");
     this.threshold = weights.has("sae.threshold") ? weights.get("sae.threshold") : null;

@@ -1,6 +1,6 @@
 """How the notebooks' findings are judged: verdict, kind of reason, sentence, and what a result weighs.
 
-Every rule is a function, so that a case that must fail can be shown to fail (tests/test_verdicts.py).
+Every rule is a function, so that a case that must fail can be shown to fail, as its tests do.
 """
 
 from __future__ import annotations

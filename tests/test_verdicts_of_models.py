@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from patchbook.chapters.verdicts import (
+from patchbook.chapters.verdicts_of_models import (
     HOLDS,
     Judged,
     all_of,

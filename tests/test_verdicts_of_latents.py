@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from patchbook.chapters.judged import (
+from patchbook.chapters.verdicts_of_latents import (
     at_home,
     consistent_elsewhere,
     in_two_clusters,

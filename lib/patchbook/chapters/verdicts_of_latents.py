@@ -1,7 +1,7 @@
 """The verdicts of chapters 1 to 3 and 6: what a run measured, in; verdict, reason and sentence, out.
 
-What `verdicts` has for the chapters on masking and adaptation, this has for the rest; each rule has a case
-that must fail in tests/test_judged.py.
+What `verdicts_of_models` has for the chapters on masking and adaptation, this has for the rest; each rule
+has a case that must fail in tests/test_verdicts_of_latents.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from scipy.signal import find_peaks
 from scipy.stats import gaussian_kde
 
-from patchbook.chapters.verdicts import Judged, cohens_d, is_above
+from patchbook.chapters.verdicts_of_models import Judged, cohens_d, is_above
 from patchbook.report import Reason, Verdict
 from patchbook.tables import fixed
 from patchsae.runs.intervals import Interval, bootstrap, rank_correlation, wilson
