@@ -20,11 +20,12 @@ from patchbook.report import ITEMS, Beyond, Finding, Verdict
 from patchsae.runs.stage import write_atomic
 
 CLAIMS = (
-    ("Some latents carry a class", "Fig. 5", ()),
-    ("Adaptation changes little in what is seen", "Fig. 17", ("Fig. 20",)),
-    ("Adaptation changes what the seen concepts mean", "Fig. 6", ("Fig. 22",)),
+    ("Some latents carry a class", "Fig. 5", (), True),
+    ("Adaptation changes little in what is seen", "Fig. 17", ("Fig. 20",), False),
+    ("Adaptation changes what the seen concepts mean", "Fig. 6", ("Fig. 22",), False),
 )
-"""The paper's claims, the row that each is judged by, and rows that ask the same on other data."""
+"""The paper's claims, the row that each is judged by, rows that ask the same on other data, and whether the
+claim is about the row's effect rather than about the number that the paper prints."""
 PAPER = (
     ("the paper", "https://arxiv.org/abs/2412.05276"),
     ("the authors' code", "https://github.com/dynamical-inference/patchsae"),
@@ -148,7 +149,7 @@ def _claims(report: Mapping[str, Any]) -> list[str]:
                 ("What the paper claims", "this run", "the paper's number", "this run's number [95 %]")),
         "</tr></thead><tbody>",
     ]  # fmt: skip
-    for claim, item, others in CLAIMS:
+    for claim, item, others, by_effect in CLAIMS:
         row = rows[item]
         found = _finding(row)
         also = "".join(f"<br><small>{_anchor(rows[other])}: {_badge(_finding(rows[other]))}</small>"
@@ -156,12 +157,18 @@ def _claims(report: Mapping[str, Any]) -> list[str]:
         why = f"<br><small>{html.escape(found.why)}</small>" if found.why else ""
         weighed = f"<br><small>Effect: {html.escape(found.weighed())}</small>" if found.weighed() else ""
         printed = "none printed" if found.paper is None else _with_interval(found.number(found.paper))
+        ours = f"{_with_interval(found.measured())}<br><small>{html.escape(found.quantity)}</small>{weighed}{why}"
+        if by_effect:
+            ours = (
+                f"{html.escape(found.weighed())}<br><small>{html.escape(found.quantity)}: "
+                f"{_with_interval(found.measured())}; in the paper {printed}</small>{why}"
+            )
+            printed = "none printed"
         cells = (
             ("this run", f"{_badge(found)}<br><small>by {_anchor(row)}</small>{also}"),
             ("the paper's number", printed),
-            ("this run's number", f"{_with_interval(found.measured())}<br><small>"
-                                  f"{html.escape(found.quantity)}</small>{weighed}{why}"),
-        )  # fmt: skip
+            ("this run's number", ours),
+        )
         lines.append(f'<tr><th scope="row">{claim}</th>{_cells(cells)}</tr>')
     return [*lines, "</tbody></table></div>"]
 
@@ -331,7 +338,8 @@ def _index(report: Mapping[str, Any]) -> list[str]:
             for n, figure in enumerate((f for f in report["figures"] if row["id"] in f["items"]), 1)
         ]
         lines.append(
-            f"| {_link(row)} | {ITEMS[row['id']]} | [](notebooks/{name}) | {' '.join(drawn) or '–'} |"
+            f"| {_link(row)} | {ITEMS[row['id']]} | [chapter {int(name[:2])}](notebooks/{name}) "
+            f"| {' '.join(drawn) or '–'} |"
         )
     return [*lines, ""]
 

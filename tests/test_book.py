@@ -5,12 +5,14 @@ Where the book is not built yet (a clean clone, CI) the session builds a small o
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import pytest
 import yaml
+from bs4 import BeautifulSoup
 
 from patchsae.runs.stage import project_root
 
@@ -67,27 +69,33 @@ def test_a_page_opens_from_disk_without_network_and_without_errors(visit, html, 
     assert wrong == []
 
 
+@functools.cache
+def markup(path: Path) -> BeautifulSoup:
+    """Read a page as it lies on the disk, which takes a hundredth of opening it."""
+    return BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+
+
 @pytest.mark.parametrize("name", PAGES)
-def test_no_control_of_a_page_needs_a_network_or_a_kernel(visit, html, name):
-    page, _ = visit(html / f"{name}.html")
+def test_no_control_of_a_page_needs_a_network_or_a_kernel(html, name):
     for dead in (".btn-launch-buttons, .dropdown-launch-buttons", ".btn-source-buttons", ".thebe"):
-        assert page.locator(dead).count() == 0
+        assert not markup(html / f"{name}.html").select(dead)
 
 
-def test_every_page_carries_the_attribution(visit, html):
+def test_every_page_carries_the_attribution(html):
     for name in PAGES:
-        page, _ = visit(html / f"{name}.html")
-        footer = page.locator("footer").all_inner_texts()
+        footer = [one.get_text() for one in markup(html / f"{name}.html").select("footer")]
         assert any("OpenMoji" in text and "CC BY-SA 4.0" in text for text in footer), name
         assert any("Twemoji" in text and "CC BY 4.0" in text for text in footer), name
 
 
-def test_every_local_link_leads_to_a_page(visit, html):
+def test_every_local_link_leads_to_a_page(html):
     for name in PAGES:
-        page, _ = visit(html / f"{name}.html")
-        for link in page.evaluate("() => [...document.links].map(a => a.href)"):
-            if link.startswith("file:"):
-                assert Path(unquote(urlparse(link).path)).exists(), f"{name} links to {link}"
+        here = html / f"{name}.html"
+        links = [urlparse(link["href"]) for link in markup(here).select("a[href]")]
+        local = [unquote(link.path) for link in links if not link.scheme and not link.netloc]
+        assert len(local) > 10
+        for path in local:
+            assert (here.parent / path).exists(), f"{name} links to {path}"
 
 
 def test_the_search_of_the_book_finds_a_word_offline(visit, html):
@@ -149,11 +157,14 @@ def test_prose_needs_no_scrolling_sideways_on_a_narrow_screen(visit, html, page)
 
 @pytest.mark.parametrize("name", PAGES)
 def test_the_text_of_every_figure_is_8_pixels_high_and_has_words_and_files(visit, html, name):
+    whole = name.startswith("book/notebooks/0") and not name.endswith("07_explorer")
+    if not whole and not markup(html / f"{name}.html").select("figure.drawn"):
+        return
+    page, _ = visit(html / f"{name}.html", width=1280)
     for width in (1280, 400):
-        page, _ = visit(html / f"{name}.html", width=width)
+        page.set_viewport_size({"width": width, "height": 900})
         seen = page.evaluate(FIGURES)
-        if name.startswith("book/notebooks/0") and not name.endswith("07_explorer"):
-            assert seen
+        assert seen or not whole
         for one in seen:
             assert one["points"] * one["width"] / one["inches"] / 72 >= 8, one
             assert len(one["alt"]) > 20 and one["width"] <= max(one["room"], 7 * 77)

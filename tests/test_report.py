@@ -160,7 +160,7 @@ def test_a_verdict_other_than_reproduced_needs_a_reason(verdict):
 @pytest.mark.parametrize("reason", [None, "", "bad luck"])
 @pytest.mark.parametrize("verdict", [False, Verdict.OPEN, Verdict.PAPER_SCALE])
 def test_a_verdict_other_than_reproduced_needs_a_reason_of_a_known_kind(verdict, reason):
-    with pytest.raises(PatchSAEError, match="Fig. 3 is judged .* too few images, at chance"):
+    with pytest.raises(PatchSAEError, match="Fig. 3 is judged .* too few images, too few cl.*, at chance"):
         finding("Fig. 3", ours=1.0, verdict=verdict, why="It does not.", reason=reason, **SAID)
 
 
@@ -426,7 +426,7 @@ def test_the_digest_sets_the_three_claims_beside_this_run(writer, small_report, 
     writer.write_digest(small_report | {"figures": [picture]}, tmp_path / "digest.txt")
     text = (tmp_path / "digest.txt").read_text()
     shown = re.findall(r'<tr><th scope="row">([^<]*)</th>(.*)</tr>', text)
-    assert [claim for claim, _ in shown] == [claim for claim, _, _ in writer.CLAIMS]
+    assert [claim for claim, _ in shown] == [claim for claim, *_ in writer.CLAIMS]
     assert "6.25 points" in shown[1][1] and "verdict-differs" in shown[1][1] and "No." in shown[1][1]
     assert "verdict-reproduced" in shown[0][1] and 'href="notebooks/01_all.html#fig-5"' in shown[0][1]
     assert 'alt="Seen."' in text and 'src="../_static/a.png"' in text
@@ -475,7 +475,9 @@ def test_every_link_of_the_report_lands_on_its_cell(report, visit, html):
     shown = page.evaluate("""() => [...document.querySelectorAll('table[data-of=paper] tbody tr')]
         .map(row => [row.cells[0].innerText.trim(), row.querySelector('a')?.href])""")
     links = dict(shown)
-    for row in report["rows"]:
+    for row in sorted(
+        report["rows"], key=lambda row: row["cell"]
+    ):  # a page is opened once for all its rows
         name, label = row["cell"].split("#")
         target = links[row["id"]]
         assert target.endswith(f"/{name.removesuffix('.ipynb')}.html#{label}")

@@ -124,7 +124,7 @@ def sizes(**means):
         ({"odd": 9.0, "b": 2.0, "c": 1.0}, REPRODUCED, None),
         ({"odd": 3.0, "b": 2.6, "c": 1.0}, DIFFERS, Reason.ABSENT),  # the most, but not by far
         ({"odd": 1.0, "b": 4.0, "c": 1.0}, DIFFERS, Reason.REVERSED),
-        ({"odd": 4.2, "b": 2.0, "c": 2.0}, OPEN, Reason.FEW),
+        ({"odd": 4.2, "b": 2.0, "c": 2.0}, OPEN, Reason.FEW_CLASSES),
     ],
 )
 def test_by_far_means_more_than_twice_the_next(means, verdict, reason):

@@ -83,7 +83,9 @@ class Reason(StrEnum):
     """Why a statement does not hold or cannot be told, in a word that can be counted."""
 
     FEW = "too few images"
-    """Or too few classes, latents or data sets: the interval holds both answers."""
+    """Or latents: the interval holds both answers."""
+    FEW_CLASSES = "too few classes"
+    """Or data sets, which no number of images makes more."""
     CHANCE = "at chance"
     """Chance, or a control that knows nothing, does as well."""
     WEAK = "model too weak"

@@ -125,9 +125,14 @@ def explained_lesson(truth: Truth | None) -> Lesson:
     trained, untrained = (
         truth.explained[name].share for name in (Dictionary.TRAINED, Dictionary.UNTRAINED)
     )
+    counts = dict(zip(Factor, explained_by(truth, Dictionary.TRAINED), strict=True))
+    kinds = ", ".join(f"{n} of them {factor}" for factor, n in counts.items() if n)
+    raw, concepts = truth.explained[Dictionary.RAW].share, told(truth, Factor.OBJECT)
     text = (
-        f"{percent(trained, 0)} % of the living latents stand for one known thing, such as an object, a "
-        f"style or a background; in an untrained autoencoder it is {percent(untrained, 0)} %."
+        f"{percent(trained, 0)} % of the living latents tell one known thing from all others ({kinds}); in "
+        f"an untrained autoencoder it is {percent(untrained, 0)} %. Of the stream's own dimensions it is "
+        f"{percent(raw, 0)} %, but these tell {100 * concepts[Dictionary.RAW]:.0f} % of the concepts, "
+        f"latents {100 * concepts[Dictionary.TRAINED]:.0f} %."
     )
     return Lesson(text, "known-truth", 1)
 

@@ -202,8 +202,12 @@ def pointing_lines(scores: MaskScores) -> list[str]:
     lines, seed = [], scores.run.seed
     for group in (SEEN, SEVERAL, UNSEEN):
         rows = scores.intervals[Metric.POINTING][group]
-        lost = [row for row, gap in scores.gaps[group, Metric.POINTING].items() if gap.low <= 0]
-        verdict = f"not clearly ahead of: {', '.join(lost)}" if lost else "ahead of every control"
+        gaps = scores.gaps[group, Metric.POINTING]
+        behind = [row for row, gap in gaps.items() if gap.high < 0]
+        level = [row for row, gap in gaps.items() if gap.low <= 0 <= gap.high]
+        told = {"behind": behind, "not clearly ahead of": level}
+        verdict = "; ".join(f"{word}: {', '.join(rows)}" for word, rows in told.items() if rows)
+        verdict = verdict or "ahead of every control"
         best, area = (estimate(rows[row]) for row in (Row.BEST, Row.CHANCE))
         lines.append(f"Pointing, {group}: {best}, area {area}; {verdict}.")
     rows = {row: v[scores.groups[SEEN]] for row, v in scores.values[Metric.POINTING].items()}

@@ -325,9 +325,11 @@ def kept_lesson(found: MainSweep) -> Lesson:
 def class_lesson(found: MainSweep) -> Lesson:
     """Say in one sentence what a class's own latents are worth, against random ones."""
     on, off = (_clear(found, CLASS, "random", switch) for switch in SIGNS)
+    gap = found.gap(CLASS, "random", "off", off[0])
+    lost = percent(Interval(-gap.value, -gap.high, -gap.low))
     worth = (
         f"A class's own latents carry it: at k = {on[0]:,} they are {on[1]} points ahead of as many random "
-        f"ones, and without them accuracy changes by {off[1]} points more than without random ones "
+        f"ones, and with them off accuracy is {lost} points lower than with random ones off "
         f"(k = {off[0]:,})."
     )
     nothing = (

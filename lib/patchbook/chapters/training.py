@@ -298,8 +298,9 @@ def ghost_lesson(found: Ghost) -> Lesson:
     gap = round(with_["fvu"] - without["fvu"], 3)
     change = "worse" if gap > 0 else "better" if gap < 0 else "the same"
     text = (
-        f"{effect}: {dead[0]} are dead at the end with them, {dead[1]} without. Reconstruction is "
+        f"{effect}: {dead[0]} are dead over the last steps with them, {dead[1]} without. Reconstruction is "
         f"{change} with "
-        f"them: FVU {with_['fvu']:.3f} and {without['fvu']:.3f}."
+        f"them: FVU {with_['fvu']:.3f} and {without['fvu']:.3f}"
+        + (", no better than the mean token under settings so harsh." if with_["fvu"] >= 1 else ".")
     )
     return Lesson(text.replace("%", " %"), "ghost", 3)

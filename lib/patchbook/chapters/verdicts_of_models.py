@@ -77,6 +77,11 @@ def _sentence(why: Mapping[Verdict, str] | str, verdict: Verdict) -> str:
     return why if isinstance(why, str) else why.get(verdict, "")
 
 
+def over_classes(judged: Judged) -> Judged:
+    """Say that classes are too few where the interval of a judgement is one over classes or data sets."""
+    return judged._replace(reason=Reason.FEW_CLASSES) if judged.reason is Reason.FEW else judged
+
+
 def all_of(*parts: Judged) -> Judged:
     """Judge a statement of several parts: it holds if all do, and differs if one does.
 
@@ -183,7 +188,7 @@ def most_by_far(
     behind = means[name] < means[second]
     reasons = {
         Verdict.REPRODUCED: None,
-        Verdict.OPEN: Reason.FEW,
+        Verdict.OPEN: Reason.FEW_CLASSES,
         Verdict.DIFFERS: Reason.REVERSED if behind else Reason.ABSENT,
     }
     why = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -55,7 +56,9 @@ class Words:
         """Tell which cards the model reads rightly, by prompt."""
         found = {}
         for prompt in PROMPTS:
-            text = zero_shot_weights(self.run.backbone, self.names, prompt)
+            with warnings.catch_warnings():  # of words that are one to the model: that is what is measured
+                warnings.simplefilter("ignore", UserWarning)
+                text = zero_shot_weights(self.run.backbone, self.names, prompt)
             said = zero_shot_logits(self.run.backbone, self.read, text).argmax(-1).cpu().numpy()
             found[prompt] = said == self.cards.labels
         return found

@@ -11,7 +11,7 @@ from patchbook.chapters.adaptation.tasks import CLIP, MAPLE, Adaptation, Half, T
 from patchbook.chapters.published import TABLE_1
 from patchbook.chapters.verdicts_of_models import Unseen, better_and_high, ratio, unseen_gains_more
 from patchbook.lessons import Lesson, lesson
-from patchbook.report import Beyond, Finding, beyond, finding
+from patchbook.report import Beyond, Finding, Verdict, beyond, finding
 from patchbook.scenes.catalogue import trained_mask
 from patchbook.scenes.sprites import STYLES
 from patchbook.tables import Table, fixed, in_percent, percent
@@ -137,16 +137,26 @@ def table_1(a: Adaptation) -> Finding:
     )
 
 
-def table_1_lesson(found: Finding) -> Lesson:
-    """Say in one sentence what Table 1 is in this run."""
+def table_1_lesson(found: Finding, a: Adaptation) -> Lesson:
+    """Say what Table 1 is in this run, and what adaptation does to classes that it did not see."""
+    novel = (
+        f" On novel classes accuracy changes by {percent(a.over_sets(lambda t: t.moved('novel')))} points."
+    )
     return lesson(
         found, 2,
         holds="MaPLe is better than CLIP on base classes, by {}, while most latents that are high for a "
-        "class stay high.",
+        "class stay high." + novel,
         fails="Table 1 does not hold here: MaPLe's gain on base classes is {}, or more "
-        "latents leave the diagonal than stay on it.",
-        open_="Whether MaPLe gains on base classes is not clear in this run: {}.",
+        "latents leave the diagonal than stay on it." + novel,
+        open_="Whether MaPLe gains on base classes is not clear in this run: {}." + novel,
     )  # fmt: skip
+
+
+def seen_lesson(pairs: Pairs) -> Lesson:
+    """Say on which pairs of a concept and a style adaptation gains."""
+    told = pairs.unseen.judged
+    so = " So what adaptation learns here is mostly looks that CLIP had not seen."
+    return Lesson(told.why + so * (told.verdict is Verdict.REPRODUCED), "seen-and-unseen", 3)
 
 
 def published_table() -> Table:

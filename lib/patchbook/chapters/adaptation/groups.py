@@ -20,6 +20,7 @@ from patchbook.chapters.verdicts_of_models import (
     is_within,
     lowest_correlation,
     most_by_far,
+    over_classes,
     ratio,
 )
 from patchbook.figures import Counts, Shown
@@ -61,7 +62,7 @@ def fig_7(a: Adaptation) -> Finding:
         rule="the interval over classes lies above 0",
         effect=cohens_d(change),
         effect_name="Cohen's d, paired over classes",
-        **is_above(shift, why=why)._asdict(),
+        **over_classes(is_above(shift, why=why))._asdict(),
     )
 
 
@@ -113,7 +114,7 @@ def fig_20(a: Adaptation) -> Finding:
         quantity="correlation of counts, mean of data sets",
         rule="the interval over data sets lies above 0.9, and that of the lowest other correlation minus "
         f"the one of {a.stranger_words} (as many classes of each, resampled) above 0",
-        **a.of_sets(mean, all_of(is_above(mean, 0.9), least.judged._replace(why=why))),
+        **a.of_sets(mean, over_classes(all_of(is_above(mean, 0.9), least.judged._replace(why=why)))),
         effect=least.effect,
         effect_name="Cohen's q: the gap to the next lowest correlation",
     )
@@ -174,7 +175,7 @@ def fig_19(a: Adaptation) -> Finding:
     found, effect, judged = None, None, ONE_SET
     if second:
         found = bootstrap(second.off_diagonal, a.run.seed)
-        judged = is_above(found, 0.1, why={Verdict.DIFFERS: "Hardly any are."})
+        judged = over_classes(is_above(found, 0.1, why={Verdict.DIFFERS: "Hardly any are."}))
         effect = ratio(second.off_diagonal.mean(), sum(v.mean() for v in second.sizes.values()))
     dtd = TABLE_1["dtd"]
     return finding(
@@ -232,7 +233,7 @@ def confusion(a: Adaptation, images: int) -> Confusion:
 def fig_21(found: Confusion, seed: int) -> Finding:
     """Judge that answers move to the diagonal of the confusion matrix."""
     gains, flowers = found.by_class, TABLE_1["oxford_flowers"]
-    over_classes: Interval = bootstrap(gains, seed)
+    change: Interval = bootstrap(gains, seed)
     largest = np.argsort(-gains, kind="stable")[:3]
     most = ", ".join(f"{found.names[found.there[c]]} ({gains[c]:+.0f})" for c in largest)
     why = f"The most is gained by {most}; {(gains < 0).sum()} of {len(gains)} classes lose."
@@ -241,10 +242,10 @@ def fig_21(found: Confusion, seed: int) -> Finding:
         claim="Adaptation moves the answers to the diagonal of the confusion matrix.",
         quantity=f"gain in accuracy of a base class, {found.title} (the paper's: Flowers102, Table 1)",
         paper=flowers.maple[0] - flowers.clip[0],
-        ours=over_classes,
+        ours=change,
         unit="points",
         rule="the interval over classes lies above 0, on images that did not choose the set",
         effect=cohens_d(gains),
         effect_name="Cohen's d, paired over classes",
-        **is_above(over_classes, why=why)._asdict(),
+        **over_classes(is_above(change, why=why))._asdict(),
     )

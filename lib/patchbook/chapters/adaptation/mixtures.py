@@ -172,7 +172,7 @@ def _both(found: Mapping[str, Interval]) -> str:
 
 
 def remapping_lesson(mixtures: Sequence[Mixtures]) -> Lesson:
-    """Say in one sentence where the gain lies, with tokens as they are."""
+    """Say where the gain lies, with tokens as they are and, where that can be told, through latents."""
     found = mixtures[0].divided
     if not found:
         text = "No data set of this run has a clear gain, so it cannot be asked where one lies."
@@ -187,4 +187,8 @@ def remapping_lesson(mixtures: Sequence[Mixtures]) -> Lesson:
         f"it, MaPLe's stream alone {percent(found.stream, 0)} %"
     )
     seen = " Something else is seen, too." if found.stream.low > 0 else ""
-    return Lesson(f"{text}.{seen}", "remapping", 1)
+    through = [other.divided for other in mixtures[1:] if other.divided]
+    rest = "".join(
+        f" Through the latents it is {percent(d.mapping, 0)} and {percent(d.stream, 0)} %." for d in through
+    )
+    return Lesson(f"{text}.{seen}{rest}", "remapping", 1)
