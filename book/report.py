@@ -157,7 +157,8 @@ def _claims(report: Mapping[str, Any]) -> list[str]:
         why = f"<br><small>{html.escape(found.why)}</small>" if found.why else ""
         weighed = f"<br><small>Effect: {html.escape(found.weighed())}</small>" if found.weighed() else ""
         printed = "none printed" if found.paper is None else _with_interval(found.number(found.paper))
-        ours = f"{_with_interval(found.measured())}<br><small>{html.escape(found.quantity)}</small>{weighed}{why}"
+        about = f"<small>{html.escape(found.quantity)}</small>"
+        ours = f"{_with_interval(found.measured())}<br>{about}{weighed}{why}"
         if by_effect:
             ours = (
                 f"{html.escape(found.weighed())}<br><small>{html.escape(found.quantity)}: "
