@@ -21,7 +21,7 @@ from patchsae.clip.backbone import Backbone
 from patchsae.images.sets import ImageSet
 from patchsae.runs.artefacts import artefact
 from patchsae.runs.errors import PatchSAEError
-from patchsae.runs.stage import Stage, digest, file_digest, jsonable, versioned, write_atomic, write_json
+from patchsae.runs.stage import Stage, file_digest, jsonable, write_atomic, write_json
 from patchsae.sae.model import CONFIG, SAE, WEIGHTS, SAEConfig
 from patchsae.sae.sharing import CARD
 from patchsae.training.trainer import (
@@ -32,6 +32,7 @@ from patchsae.training.trainer import (
     Trained,
     read_metrics,
     train_sae,
+    training_digest,
     training_inputs,
     write_metrics,
 )  # fmt: skip
@@ -114,6 +115,12 @@ def load_shipped(
     return Shipped(name, sae, metrics, card)
 
 
+def shipped_name(inputs: str, folder: Path | None = None) -> str | None:
+    """Return the name of the shipped SAE that was trained from these inputs (`training_digest`), if any."""
+    index = read_index(folder or shelf())
+    return next((name for name, entry in index.items() if entry["inputs"] == inputs), None)
+
+
 def find_or_train(
     images: ImageSet,
     backbone: Backbone,
@@ -136,9 +143,8 @@ def find_or_train(
     """
     folder = folder or shelf()
     inputs = training_inputs(images, backbone, sae_config, config)
-    wanted = digest(versioned(inputs, VERSION))
-    names = [name for name, entry in read_index(folder).items() if entry["inputs"] == wanted]
-    if not names:
+    name = shipped_name(training_digest(images, backbone, sae_config, config), folder)
+    if name is None:
         if expected and not Stage.open(root, "sae", inputs, version=VERSION).done:
             warnings.warn(
                 f"No SAE in '{folder}' was trained from this scale's recipe on this {backbone.name}, "
@@ -146,7 +152,7 @@ def find_or_train(
                 stacklevel=3,
             )
         return train_sae(images, backbone, sae_config, config, root, progress)
-    found = load_shipped(names[0], folder, backbone.device, backbone.d_model)
+    found = load_shipped(name, folder, backbone.device, backbone.d_model)
     weights = read_index(folder)[found.name]["sha256"]
     stage = Stage.open(root, "sae", inputs | {"shipped": weights}, version=VERSION)
 

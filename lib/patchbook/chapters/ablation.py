@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from patchbook.scales import Scale, scale
-from patchbook.shipped import find_or_train
+from patchbook.shipped import find_or_train, shipped_name
 from patchsae.clip.backbone import Backbone, zero_shot_weights
 from patchsae.images.sets import ImageSet
 from patchsae.masking.through import (
@@ -31,7 +31,7 @@ from patchsae.sae.model import SAEConfig
 from patchsae.training.activations import Tokens
 from patchsae.training.starts import BiasInit
 from patchsae.training.token_cache import fill, from_cache, parts_of
-from patchsae.training.trainer import TrainConfig
+from patchsae.training.trainer import TrainConfig, training_digest
 
 VERSION = 2  # raised when the same inputs give another row
 RESULT = "row.json"
@@ -309,7 +309,11 @@ def _parts(designs: Iterable[Design], sweep: Sweep, train: ImageSet, test: Image
     for design in designs:
         backbone = sweep.backbone(design)
         model = backbone.at_block(1).fingerprint()
-        for tokens, images in ((design.tokens, train[design.tokens]), (Tokens.ALL, test)):
+        asked, learned_on = [(Tokens.ALL, test)], train[design.tokens]
+        # who is shipped is not trained here, and needs no tokens of training images
+        if not shipped_name(training_digest(learned_on, backbone, *sweep.configs(design))):
+            asked.append((design.tokens, learned_on))
+        for tokens, images in asked:
             _, kept = passes.setdefault((model, images.fingerprint()), (images, {}))
             kept.setdefault((backbone.block, tokens), (design, tokens))
     for images, kept in passes.values():

@@ -15,12 +15,16 @@ from patchbook.own import own_sae, own_sets
 from patchbook.scales import Scale, Sets
 from patchbook.scales import scale as open_scale
 from patchsae.clip.backbone import Backbone, zero_shot_weights
+from patchsae.clip.remembered import Remembered
 from patchsae.images.sets import Dataset, ImageSet
 from patchsae.latents.atlas import AtlasConfig, make_atlas
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.stage import project_root
 from patchsae.sae.model import SAE
 from patchsae.training.trainer import Trained
+
+MEMORY = Remembered(300_000_000)
+"""What the chapter's models saw last: 3,000 images of the small CLIP."""
 
 
 class Changes(NamedTuple):
@@ -126,6 +130,7 @@ def open_run(
     """
     setup = open_scale(scale)
     backbone = setup.backbone(model, pretrained, block=block, device=device)
+    backbone.remember(MEMORY)
     least = activation in ("topk", "batchtopk")
     changes = Changes(
         {

@@ -15,6 +15,7 @@ says so in `token_kind`.
 import copy
 import functools
 import hashlib
+import itertools
 import json
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -30,12 +31,14 @@ from patchsae.runs import compat  # noqa: F401  (must come before open_clip and 
 import open_clip
 
 from patchsae.clip.files import find_clip
+from patchsae.clip.remembered import Remembered
 from patchsae.clip.towers import tower_of
 from patchsae.images.files import Frame, as_frame
 from patchsae.runs.checks import check_counts, check_finite
 from patchsae.runs.errors import PatchSAEError, brief
 from patchsae.runs.progress import progress_bar
 
+NUMBERS = itertools.count()  # of backbones that share a memory
 CACHE = 800_000  # bytes of tokens per thread; a block's hidden layer is four times that
 
 
@@ -68,7 +71,21 @@ class Backbone(nn.Module):
         images: [B, 3, H, W], float, normalised by `normalize`. Raises PatchSAEError for others.
         """
         self._checked_images(images)
-        return self.in_parts(lambda part: self.tower.run(self._embed(part), 0, self.block), images)
+
+        def run(batch: Tensor) -> Tensor:
+            return self.in_parts(lambda part: self.tower.run(self._embed(part), 0, self.block), batch)
+
+        memory = self._shared.get("memory")
+        if memory is None or images.device.type != "cpu" or torch.is_grad_enabled():
+            return run(images)
+        return memory.tokens(f"{self._shared['number']}/{self.block}", images, run)
+
+    def remember(self, memory: Remembered) -> None:
+        """Keep tokens of the last images in `memory`; the weights, prompts too, may not change any more.
+
+        Backbones may share one. On a GPU, and where gradients are taken, nothing is kept.
+        """
+        self._shared |= {"memory": memory, "number": next(NUMBERS)}
 
     def finish(self, tokens: Tensor) -> Tensor:
         """Return the embeddings [B, e] that the rest of the tower makes of tokens [B, T, d].

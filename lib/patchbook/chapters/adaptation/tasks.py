@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchbook.chapters.opening import Run
+from patchbook.chapters.opening import MEMORY, Run
 from patchbook.chapters.published import TABLE_1, Published
 from patchbook.chapters.verdicts_of_models import ONE_SET, Judged
 from patchsae.adaptation.prompt_files import MissingPrompts, find_prompts
@@ -237,6 +237,8 @@ def open_adaptation(run: Run, settings: Settings, prompts: str, seed: int, datas
     chosen = run.choose(dataset)
     folder = Path(prompts or project_root() / "artefacts" / "prompts")
     adapted = {d.name: find_prompts(folder, d.name, run.backbone, seed) for d in chosen}
+    for model in adapted.values():
+        model.remember(MEMORY)
     tasks = {d.name: _open_task(run, settings, d, adapted[d.name]) for d in chosen}
     return Adaptation(run, settings, folder, tasks)
 
