@@ -46,7 +46,10 @@ FLAGS = [
 
 
 FIRST = ("test_notebooks.py",)
-LAST = ("test_report.py", "test_pages.py", "test_book.py", "test_explorer_browser.py")
+LAST = (
+    "test_report.py", "test_pages.py", "test_publishing.py", "test_book.py", "test_accessibility.py",
+    "test_explorer_browser.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

@@ -65,7 +65,7 @@ def test_rescaling_the_stream_keeps_the_function(model):
 
 def test_a_stopped_run_is_resumed_to_the_same_weights(tmp_path, monkeypatch):
     whole = training.train(TINY, tmp_path / "whole", "cpu", None, evaluations=0)
-    calls, real = [], training.render
+    calls, real = [], training.paint
 
     def stop_at_the_fourth(*args, **kwargs):
         calls.append(1)
@@ -73,10 +73,10 @@ def test_a_stopped_run_is_resumed_to_the_same_weights(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(training, "render", stop_at_the_fourth)
+    monkeypatch.setattr(training, "paint", stop_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         training.train(TINY, tmp_path / "cut", "cpu", None, every=0, evaluations=0)
-    monkeypatch.setattr(training, "render", real)
+    monkeypatch.setattr(training, "paint", real)
     resumed = training.train(TINY, tmp_path / "cut", "cpu", None, evaluations=0)
     assert len(calls) == 4
     for name, weight in whole.state_dict().items():

@@ -69,7 +69,7 @@ def _step(part: dict[str, Any]) -> list[str]:
         speeds = cases.setdefault(case, {})
         speeds[ours], speeds[row["other_name"]] = row["ours"], row["best_other"]
     lines = ["### One training step, thousand tokens a second", ""]
-    lines += _table([""] + [case.split(", ", 2)[2] for case in cases], cases)
+    lines += _table(["who"] + [case.split(", ", 2)[2] for case in cases], cases)
     packages = {
         case: {k: v for k, v in speeds.items() if "ours" not in k} for case, speeds in cases.items()
     }
@@ -111,7 +111,7 @@ def _pass(part: dict[str, Any]) -> list[str]:
     speeds = {}
     for row in part["rows"]:
         speeds[row["name"].rsplit(": ", 1)[1]], speeds[row["other_name"]] = row["ours"], row["best_other"]
-    lines = ["### The aggregation pass, images a second", "", "| | |", "|---|---:|"]
+    lines = ["### The aggregation pass", "", "| who | images a second |", "|---|---:|"]
     lines += [f"| {k} | {v:,.0f} |" for k, v in sorted(speeds.items(), key=lambda item: -item[1])]
     return lines
 

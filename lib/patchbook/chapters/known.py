@@ -129,11 +129,17 @@ def explained_lesson(truth: Truth | None) -> Lesson:
     kinds = ", ".join(f"{n} of them {factor}" for factor, n in counts.items() if n)
     raw, concepts = truth.explained[Dictionary.RAW].share, told(truth, Factor.OBJECT)
     text = (
-        f"{percent(trained, 0)} % of the living latents tell one known thing from all others ({kinds}); in "
-        f"an untrained autoencoder it is {percent(untrained, 0)} %. Of the stream's own dimensions it is "
-        f"{percent(raw, 0)} %, but these tell {100 * concepts[Dictionary.RAW]:.0f} % of the concepts, "
-        f"latents {100 * concepts[Dictionary.TRAINED]:.0f} %."
+        f"{percent(trained, 0)} % of the living latents tell one known thing from all others"
+        + (f" ({kinds})" if kinds else "")
+        + f"; in an untrained autoencoder it is {percent(untrained, 0)} %. Of the stream's own dimensions it "
+        f"is {percent(raw, 0)} %"
     )
+    if np.isfinite(list(concepts.values())).all():
+        text += (
+            f", and these tell {100 * concepts[Dictionary.RAW]:.0f} % of the concepts, latents "
+            f"{100 * concepts[Dictionary.TRAINED]:.0f} %"
+        )
+    text += "."
     return Lesson(text, "known-truth", 1)
 
 
