@@ -131,8 +131,8 @@ def explained_lesson(truth: Truth | None) -> Lesson:
     text = (
         f"{percent(trained, 0)} % of the living latents tell one known thing from all others"
         + (f" ({kinds})" if kinds else "")
-        + f"; in an untrained autoencoder it is {percent(untrained, 0)} %. Of the stream's own dimensions it "
-        f"is {percent(raw, 0)} %"
+        + f"; in an untrained autoencoder it is {percent(untrained, 0)} %. Of the stream's own dimensions "
+        f"it is {percent(raw, 0)} %"
     )
     if np.isfinite(list(concepts.values())).all():
         text += (
