@@ -16,10 +16,12 @@ from patchbook.recipes import TWIN
 from patchbook.report import Reason, Verdict
 from patchsae.adaptation.remapping import PARTS, Parts
 from patchsae.latents.stability import Against
+from patchsae.masking.masked_tokens import Mode
 from patchsae.masking.rankings import CLASS, PREDICTED
 from patchsae.masking.sweep import MaskingConfig, curves
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.intervals import Interval
+from patchsae.training.activations import Tokens
 
 N, SIZES = 300, [5, 50, 1000]
 RANKINGS = [CLASS, PREDICTED, "dataset", "random 0", "random 1"]
@@ -64,6 +66,18 @@ def main_sweep(right=planted):
     data_set = SimpleNamespace(title="Planted", name="planted", classnames=[str(c) for c in range(10)])
     of = SimpleNamespace(run=run_of(), main=data_set, config=SimpleNamespace(mode="replace"))
     return masking.MainSweep(of, np.arange(N), swept(right))
+
+
+def test_what_the_variants_do_is_said_in_figures():
+    tables = {
+        f"{mode}, tokens: {tokens}": curves(swept(planted), draws=50) for mode in Mode for tokens in Tokens
+    }
+    tables[f"{Mode.REPLACE}, tokens: {Tokens.PATCHES}"] = curves(swept(lambda *_: 0.9), draws=50)
+    tables[f"{Mode.ADD_ERROR}, tokens: {Tokens.ALL}"] = curves(swept(lambda *_: 0.43), draws=50)
+    still, constant, error = masking_sets.variant_lines(tables)
+    assert "by more than 0.0 points" in still and "by more than 0.0 points" in constant
+    left = 100 * float(tables[f"{Mode.ADD_ERROR}, tokens: {Tokens.ALL}"].accuracy[0, 0, 0])
+    assert f"all latents off {left:.1f} [" in error
 
 
 def test_class_latents_that_carry_the_class_are_found_and_random_ones_averaged():
