@@ -12,6 +12,7 @@ from patchbook import executing
 from patchbook.executing import share, with_text_of
 from patchbook.order import READS, readings
 from patchbook.used import code_digest, read_used, used_digest
+from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.stage import project_root
 
 CODE = '''
@@ -87,3 +88,10 @@ def test_every_chapter_reads_only_earlier_ones():
     assert names == list(READS)
     for number, read in enumerate(READS.values()):
         assert set(read) <= set(names[:number])
+
+
+def test_a_notebook_that_got_a_cell_while_it_was_executed_is_one_sentence():
+    executed = new_notebook(cells=[new_markdown_cell("old"), new_code_cell("1")])
+    source = new_notebook(cells=[new_markdown_cell("old"), new_code_cell("1"), new_code_cell("2")])
+    with pytest.raises(PatchSAEError, match="got another cell while the book was built: run the same"):
+        with_text_of(executed, source)

@@ -6,7 +6,6 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 
@@ -16,30 +15,52 @@ class Remembered:
     A chapter sends the same test images through the same tower for one question after the other. A batch is
     taken from here whole or not at all, so that what is computed is computed as without a memory.
 
-    limit: bytes of tokens, of all backbones that share it.
+    limit: bytes of tokens of one shape, of all backbones that share it.
     """
 
     def __init__(self, limit: int):
-        self.limit, self.held = limit, 0
-        self._rows: OrderedDict[bytes, Tensor] = OrderedDict()
+        self.limit = limit
+        self._stores: dict[tuple, _Store] = {}
+
+    @property
+    def held(self) -> int:
+        """Bytes of tokens that are held."""
+        return sum(len(store.places) * store.row for store in self._stores.values())
 
     def tokens(self, owner: str, images: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
         """Return `run(images)`: tokens [B, T, d] of images [B, 3, H, W], for what `owner` names."""
         rows = images.detach().contiguous().numpy()
         keys = [hashlib.blake2b(row, digest_size=16, key=owner.encode()).digest() for row in rows]
-        if keys and all(key in self._rows for key in keys):
-            for key in keys:
-                self._rows.move_to_end(key)
-            return torch.stack([self._rows[key] for key in keys])
+        for store in self._stores.values():
+            if keys and all(key in store.places for key in keys):
+                return store.rows[[store.touch(key) for key in keys]]
         found = run(images)
-        for key, row in zip(keys, found, strict=True):
-            self._keep(key, row)
+        if len(found) and found[0].nbytes <= self.limit:
+            kind = (*found.shape[1:], found.dtype)
+            if kind not in self._stores:
+                self._stores[kind] = _Store(self.limit, found[0])
+            store = self._stores[kind]
+            for key, row in zip(keys, found, strict=True):
+                store.keep(key, row)
         return found
 
-    def _keep(self, key: bytes, row: Tensor) -> None:
-        if key in self._rows or row.nbytes > self.limit:
+
+class _Store:
+    """Rows of one shape in one block of memory: thousands of small ones would tear the heap apart."""
+
+    def __init__(self, limit: int, like: Tensor):
+        self.row = like.nbytes
+        self.rows = like.new_empty((limit // self.row, *like.shape))  # pages count once they are written
+        self.places: OrderedDict[bytes, int] = OrderedDict()
+
+    def touch(self, key: bytes) -> int:
+        self.places.move_to_end(key)
+        return self.places[key]
+
+    def keep(self, key: bytes, row: Tensor) -> None:
+        if key in self.places:
             return
-        self._rows[key] = row.clone()  # a view would hold its whole batch
-        self.held += row.nbytes
-        while self.held > self.limit:
-            self.held -= self._rows.popitem(last=False)[1].nbytes
+        full = len(self.places) == len(self.rows)
+        place = self.places.popitem(last=False)[1] if full else len(self.places)
+        self.rows[place] = row
+        self.places[key] = place
