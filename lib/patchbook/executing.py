@@ -199,8 +199,8 @@ def code_of(notebook: nbformat.NotebookNode) -> list[list]:
 def with_text_of(executed: nbformat.NotebookNode, source: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """Return an executed notebook with the text, as it is now, of the notebook that it was made from.
 
-    It opens with what it has learned, as its execution did. Raises PatchSAEError where that notebook has got
-    a cell of code since.
+    It opens with what it has learned, as its execution did. Raises PatchSAEError where that notebook has
+    got a cell of code since.
     """
     ran = [cell for cell in executed.cells if cell.cell_type == "code"]
     cells, injected = [], [cell for cell in ran if "injected-parameters" in cell.metadata.get("tags", ())]
