@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 from torch import Tensor
 
-from patchbook.chapters.opening import Run, pictures
+from patchbook.chapters.opening import MEMORY, Run, pictures
 from patchbook.chapters.verdicts_of_models import all_of, is_within, masks_tell
 from patchbook.lessons import Lesson, lesson
 from patchbook.report import Finding, Verdict, finding
@@ -89,6 +89,7 @@ def open_masking(
     chosen = run.choose(dataset)
     expansion = run.changes.sae["expansion"] or run.setup.expansion
     all_sizes(config.sizes, SAEConfig(run.backbone.d_model, expansion).d_sae)
+    run.backbone.remember(MEMORY)
     atlases, texts = {}, {}
     for d in chosen:
         train = d.train.per_class(rank_images) if rank_images else d.train

@@ -24,7 +24,7 @@ from patchsae.sae.model import SAE
 from patchsae.training.trainer import Trained
 
 MEMORY = Remembered(300_000_000)
-"""What the chapter's models saw last: 3,000 images of the small CLIP."""
+"""What a chapter's models saw last, 3,000 images of the small CLIP, if it asks of the same ones again."""
 
 
 class Changes(NamedTuple):
@@ -130,7 +130,6 @@ def open_run(
     """
     setup = open_scale(scale)
     backbone = setup.backbone(model, pretrained, block=block, device=device)
-    backbone.remember(MEMORY)
     least = activation in ("topk", "batchtopk")
     changes = Changes(
         {

@@ -237,7 +237,7 @@ def open_adaptation(run: Run, settings: Settings, prompts: str, seed: int, datas
     chosen = run.choose(dataset)
     folder = Path(prompts or project_root() / "artefacts" / "prompts")
     adapted = {d.name: find_prompts(folder, d.name, run.backbone, seed) for d in chosen}
-    for model in adapted.values():
+    for model in (run.backbone, *adapted.values()):
         model.remember(MEMORY)
     tasks = {d.name: _open_task(run, settings, d, adapted[d.name]) for d in chosen}
     return Adaptation(run, settings, folder, tasks)
