@@ -32,7 +32,7 @@ bench: $(BENCH)/.installed ## Install the peers in .bench-venv, measure, write b
 	$(BENCH)/bin/python benchmarks/run.py
 
 gpu: $(BENCH)/.installed ## Check the kernels and measure beside the peers on a GPU; write benchmarks/gpu-CARD.json
-	$(BENCH)/bin/pip install --quiet pytest
+	$(BENCH)/bin/pip install --quiet -c requirements.lock pytest
 	$(BENCH)/bin/python benchmarks/gpu.py
 
 soak: $(INSTALLED) ## Attack everything that is read and written, at full numbers; write benchmarks/soak.json

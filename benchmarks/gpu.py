@@ -22,7 +22,9 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -64,24 +66,24 @@ def clear() -> None:
     torch.cuda.reset_peak_memory_stats()
 
 
+def timed(run: Callable[[], object]) -> float:
+    """Return the seconds of `run`, the card's work included."""
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
 def setting(problem: Problem) -> peers.Setting:
     return peers.Setting(problem.tokens, round(problem.l0))
 
 
 def kernels() -> dict[str, Any]:
     """Run the tests of the Triton kernels, golden arrays of the released code among them."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "--noconftest",
-        "-o",
-        "addopts=",
-        "-p",
-        "no:cacheprovider",
-    ]
-    done = subprocess.run([*command, *KERNEL_TESTS], capture_output=True, text=True, cwd=HERE.parent)
+    options = ["-q", "--noconftest", "-o", "addopts=", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, *KERNEL_TESTS]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent)
     say(done.stdout[-1500:])
     counts = re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)
     if done.returncode:
@@ -116,11 +118,8 @@ def _step(problem: Problem) -> list[Row]:
         for name, (one, kind) in contest.items():
             torch.set_float32_matmul_precision(SETTINGS[kind])
             x = workload.batches[turn % len(workload.batches)]
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            one.step(x)
-            torch.cuda.synchronize()
-            seconds[name] += [time.perf_counter() - started] if turn >= 0 else []
+            spent = timed(partial(one.step, x))
+            seconds[name] += [spent] if turn >= 0 else []
     torch.set_float32_matmul_precision("highest")
     found = contest[BF16][0].l0
     if abs(found / problem.l0 - 1) > 0.1:
@@ -177,11 +176,8 @@ def aggregation() -> dict[str, Any]:
         x = workload.batches[turn % 2].view(IMAGES, bench_atlas.TOKENS, -1)
         labels = rng.integers(0, bench_atlas.CLASSES, IMAGES)
         for name, one in competitors.items():
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            one.add(x, labels, np.arange(IMAGES) + IMAGES * (turn + 2))
-            torch.cuda.synchronize()
-            seconds[name] += [time.perf_counter() - started] if turn >= 0 else []
+            spent = timed(partial(one.add, x, labels, np.arange(IMAGES) + IMAGES * (turn + 2)))
+            seconds[name] += [spent] if turn >= 0 else []
     bench_atlas._agree(competitors)
     rows = []
     for name in names:

@@ -63,24 +63,25 @@ def _card(found: dict[str, Any]) -> str:
 
 
 def _step(part: dict[str, Any]) -> list[str]:
-    cases: dict[str, dict[str, tuple[float, float]]] = {}
+    cases: dict[str, dict[str, float]] = {}
     for row in part["rows"]:
         case, ours = row["name"].rsplit(": ", 1)
         speeds = cases.setdefault(case, {})
         speeds[ours], speeds[row["other_name"]] = row["ours"], row["best_other"]
-    lines = ["### One training step, thousand tokens a second", ""]
-    lines += _table(["who"] + [case.split(", ", 2)[2] for case in cases], cases)
     packages = {
         case: {k: v for k, v in speeds.items() if "ours" not in k} for case, speeds in cases.items()
     }
     exact = [_ratio(speeds, packages[case], "float32") for case, speeds in cases.items()]
     loose = [_ratio(speeds, packages[case], "TF32") for case, speeds in cases.items()]
     size = next(iter(cases)).split(", ", 2)[1]
-    lines += [
+    lines = [
+        "### One training step, thousand tokens a second",
         "",
         f"At {size} the step with bf16 candidates is {min(exact):.1f} to {max(exact):.1f} times as fast as "
         f"the best other ReLU step in float32, and {min(loose):.1f} to {max(loose):.1f} times in TF32.",
+        "",
     ]
+    lines += _table(["who"] + [case.split(", ", 2)[2] for case in cases], cases)
     memory = sorted(part["memory"].items(), key=lambda item: item[1])
     lines += [
         "",

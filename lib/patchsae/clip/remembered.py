@@ -6,6 +6,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 
@@ -29,7 +30,7 @@ class Remembered:
 
     def tokens(self, owner: str, images: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
         """Return `run(images)`: tokens [B, T, d] of images [B, 3, H, W], for what `owner` names."""
-        rows = images.detach().contiguous().numpy()
+        rows = images.detach().contiguous().view(torch.uint8).numpy()  # NumPy knows no bfloat16
         keys = [hashlib.blake2b(row, digest_size=16, key=owner.encode()).digest() for row in rows]
         for store in self._stores.values():
             if keys and all(key in store.places for key in keys):
@@ -46,7 +47,7 @@ class Remembered:
 
 
 class _Store:
-    """Rows of one shape in one block of memory: thousands of small ones would tear the heap apart."""
+    """Rows of one shape in one block of memory, not in thousands of small ones between large ones."""
 
     def __init__(self, limit: int, like: Tensor):
         self.row = like.nbytes
