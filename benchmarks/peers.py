@@ -91,7 +91,7 @@ class Ours:
     def step(self, x: Tensor) -> float:
         out = self.stepper.step(x, lr=self.setting.lr, dead=self.setting.dead)
         self.l0 = out.l0
-        return out.reconstruction + out.l1 + out.ghost
+        return out.reconstruction + out.l1_loss + out.ghost
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         latents = self.sae.encode(x)

@@ -13,7 +13,7 @@ from statistics import median
 import torch
 from torch import distributed
 
-from patchsae.runs.ranks import join, local_device
+from patchsae.runs.processes import join, local_device
 from patchsae.sae.model import SAE, SAEConfig
 from patchsae.sae.step import Stepper
 
@@ -25,13 +25,15 @@ def main(d_in: int, d_sae: int, tokens: int, device: str = "cpu") -> None:
     device = local_device(device)
     if device != "cpu":
         distributed.init_process_group("nccl")
-    ranks = join(device)
+    processes = join(device)
     group = distributed.group.WORLD if distributed.is_initialized() else None
-    torch.set_num_threads(max(1, torch.get_num_threads() // ranks.world))
+    torch.set_num_threads(max(1, torch.get_num_threads() // processes.world))
     sae = SAE(SAEConfig(d_in, d_sae / d_in, ghost=False), seed=0).to(device)
     sae.b_enc.data -= 2.3  # of unit rows and tokens of variance 1: one latent in a hundred fires
     stepper = Stepper(sae, group=group)
-    x = torch.randn(tokens, d_in, generator=torch.Generator().manual_seed(0))[ranks.rank :: ranks.world]
+    x = torch.randn(tokens, d_in, generator=torch.Generator().manual_seed(0))[
+        processes.rank :: processes.world
+    ]
     x, seconds = x.to(device), []
     for _ in range(STEPS):
         together(device, group)
@@ -39,7 +41,7 @@ def main(d_in: int, d_sae: int, tokens: int, device: str = "cpu") -> None:
         stepper.step(x, 1e-6)
         together(device, group)
         seconds.append(time.perf_counter() - started)
-    if ranks.first:
+    if processes.first:
         print(tokens / median(seconds[DISCARDED:]))
     if group is not None:
         distributed.destroy_process_group()

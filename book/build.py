@@ -183,14 +183,12 @@ def render(root: Path, build: Path) -> Path:
         "versions": versions(),
     }
     index = html / "index.html"
-    if (
-        record.is_file()
-        and record.read_text() == digest(inputs)
-        and not missing(root, html)
-        and index.is_file()
-    ):
+    before = _recorded(record)
+    if before == inputs and not missing(root, html) and index.is_file():
         print("pages: unchanged", flush=True)
         return index
+    if before:
+        print(f"pages: rendered again, as {_changed(before, inputs)}", flush=True)
     # Sphinx warns about a page only when it reads it: a second try after a warning would pass.
     for stale in (html, build / ".doctrees"):
         shutil.rmtree(stale, ignore_errors=True)
@@ -212,9 +210,28 @@ def render(root: Path, build: Path) -> Path:
     sources = root / "book" / "_static" / "notebooks"  # left out as notebooks that are no page
     if sources.is_dir():
         shutil.copytree(sources, html / "_static" / "notebooks", dirs_exist_ok=True)
-    write_atomic(record, lambda temporary: temporary.write_text(digest(inputs)))
+    write_json(record, inputs)
     print(f"pages: {time.perf_counter() - started:.1f} s", flush=True)
     return index
+
+
+def _recorded(record: Path) -> dict[str, dict]:
+    """Return what the pages were made of; nothing where no record says so."""
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+        return {part: dict(found[part]) for part in ("pages", "versions")}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+
+
+def _changed(before: dict[str, dict], now: dict[str, dict]) -> str:
+    """Say what made the pages again: the first three inputs that are not as they were."""
+    old, new = (
+        {name: value for part in one.values() for name, value in part.items()} for one in (before, now)
+    )
+    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more} changed" if names else "a page is missing"
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ def atlas(rng: np.random.Generator) -> xr.Dataset:
     counts = rng.integers(0, 50, (LATENTS, 22))
     return xr.Dataset(
         {
-            "frequency": ("latent", 10 ** rng.uniform(-4, 0, LATENTS)),
+            "image_frequency": ("latent", 10 ** rng.uniform(-4, 0, LATENTS)),
             "mean_activation": ("latent", 10 ** rng.uniform(-3, 0, LATENTS)),
             "entropy": ("latent", rng.uniform(0, 6, LATENTS)),
             "histogram": (("latent", "bins"), counts),

@@ -58,8 +58,8 @@ def test_every_row_of_table_2_has_its_design_and_changes_one_thing():
     # facts.md §0.1: CL SAE is at most CL Org. in every row, and 0.077 is no sum of latents
     assert all(row.cl_sae <= row.cl_original for row in TABLE_2.values() if row.cl_sae is not None)
     assert (
-        TABLE_2["λ × 10"].l1
-        < min(row.l1 for name, row in TABLE_2.items() if row.l1 and name != "λ × 10") / 10
+        TABLE_2["λ × 10"].l1_norm
+        < min(row.l1_norm for name, row in TABLE_2.items() if row.l1_norm and name != "λ × 10") / 10
     )
 
 
@@ -112,10 +112,12 @@ def test_a_row_equals_what_the_evaluation_says_of_its_sae(ran, images, name):
     design = CLS if name == "cls" else ALL
     row, backbone, test = rows[name], sweep.backbone(design), images.subset(range(20))
     sae = SAE.load(root / row.folder)
-    assert (sae.d_sae, sae.config.l1, sae.config.expansion) == (row.latents, row.l1_weight, row.expansion)
+    assert (sae.d_sae, sae.config.l1, sae.config.expansion) == (row.latents, row.l1, row.expansion)
     # without the cache, so equal to the rounding of its tokens
     direct = reconstruction(sae, backbone, test, design.tokens)
-    assert (row.mse, row.fvu, row.l1) == pytest.approx((direct.mse, direct.fvu, direct.l1), rel=5e-3)
+    assert (row.mse, row.fvu, row.l1_norm) == pytest.approx(
+        (direct.mse, direct.fvu, direct.l1_norm), rel=5e-3
+    )
     assert row.l0 == pytest.approx(direct.l0, rel=2e-2)
     losses = contrastive_loss(sae, backbone, test, 12, draws=2, progress=None).drawn
     found = (row.cl_original, row.cl_sae, row.cl_zeroed)

@@ -80,8 +80,8 @@ def dense(f: np.ndarray, images, kind: np.ndarray, tau: float, k: int, top: int)
     per_image = over.sum(1)  # tokens above τ, [N, S]
     with np.errstate(invalid="ignore"):
         return {
-            "frequency": on.any(1).mean(0),
-            "frequency_tau": over.any(1).mean(0),
+            "image_frequency": on.any(1).mean(0),
+            "image_frequency_tau": over.any(1).mean(0),
             "token_frequency": on.mean((0, 1)),
             "mean_activation": mean.sum(0) / on.any(1).sum(0),
             "mean_token_activation": exact.sum((0, 1)) / on.sum((0, 1)),

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from two_ranks import SAE_CONFIG, train
+from two_processes import SAE_CONFIG, train
 
 from patchsae.runs.errors import PatchSAEError
-from patchsae.runs.ranks import join, local_device
+from patchsae.runs.processes import join, local_device
 from patchsae.sae.step import Stepper
 from patchsae.training.trainer import CHECKPOINT, read_metrics
 
@@ -40,7 +40,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         with pytest.raises(KeyboardInterrupt):
             train(root / "resumed")
     assert len(list(root.glob(f"resumed/sae-*/{CHECKPOINT}"))) == 1
-    script = Path(__file__).with_name("two_ranks.py")
+    script = Path(__file__).with_name("two_processes.py")
     run = subprocess.run(
         [*TORCHRUN, "2", str(script), str(root)], capture_output=True, text=True, timeout=200
     )
@@ -65,7 +65,7 @@ def test_two_processes_end_where_one_does(folders, case):
     for a, b in zip(one, other, strict=True):
         counts = ("step", "images", "tokens", "lr")
         assert [a[name] for name in counts] == [b[name] for name in counts]
-        for name in ("mse", "fvu", "cosine", "l0", "l1", "ghost", "dead_share"):
+        for name in ("mse", "fvu", "cosine", "l0", "l1_norm", "ghost", "dead_share"):
             assert b[name] == pytest.approx(a[name], rel=1e-3), (name, a["step"])
 
 

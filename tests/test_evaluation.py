@@ -36,7 +36,7 @@ def test_reconstruction_equals_a_direct_computation(backbone, images, options):
         f, x_hat = sae.encode(x), sae(x)
     assert found.tokens == len(x)
     assert found.l0 == pytest.approx((f > 0).sum(1).float().mean().item())
-    assert found.l1 == pytest.approx(f.sum(1).mean().item(), rel=1e-5)
+    assert found.l1_norm == pytest.approx(f.sum(1).mean().item(), rel=1e-5)
     fvu = (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
     assert found.fvu == pytest.approx(fvu.item(), rel=1e-4)
     assert found.dead_share == pytest.approx((~(f > 0).any(0)).float().mean().item(), abs=1e-6)

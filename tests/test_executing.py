@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from types import SimpleNamespace
 
+import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from patchbook import executing
 from patchbook.executing import share, with_text_of
 from patchbook.order import READS, readings
+from patchbook.run import USED, run_notebook
 from patchbook.used import code_digest, read_used, used_digest
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.stage import project_root
@@ -95,3 +97,20 @@ def test_a_notebook_that_got_a_cell_while_it_was_executed_is_one_sentence():
     source = new_notebook(cells=[new_markdown_cell("old"), new_code_cell("1"), new_code_cell("2")])
     with pytest.raises(PatchSAEError, match="got another cell while the book was built: run the same"):
         with_text_of(executed, source)
+
+
+def test_what_is_compiled_beside_the_library_is_not_what_was_used(tmp_path, monkeypatch):
+    used = tmp_path / "used.json"
+    monkeypatch.setenv(USED, str(used))
+    source = f"""
+import contextlib
+for name in ("patchbook/data/concepts.json", "patchsae/sae/__pycache__/kernels.adam-1.py311.nbi"):
+    with contextlib.suppress(FileNotFoundError):
+        open("{project_root()}/lib/" + name).close()
+"""
+    notebook = new_notebook(cells=[new_code_cell(source)])
+    nbformat.write(notebook, tmp_path / "opens.ipynb")
+    run_notebook(tmp_path / "opens.ipynb", tmp_path / "out.ipynb", {})
+    found = read_used(used)
+    assert "lib/patchbook/data/concepts.json" in found and "lib/patchbook/used.py" in found
+    assert not [name for name in found if "__pycache__" in name]

@@ -60,7 +60,7 @@ def test_image_level_activations_are_those_of_the_atlas(parts):
 
 @pytest.mark.parametrize("patch", [None, 0, 24])
 def test_groups_follow_the_stated_rule(parts, patch):
-    left_out = parts.sets[0].atlas.frequency_tau.values > 0.5
+    left_out = parts.sets[0].atlas.image_frequency_tau.values > 0.5
     assert 0 < left_out.sum() < len(left_out)
     np.testing.assert_array_equal(unpack(read_block(parts.folder, "latents")["left_out"]), left_out)
     exclusive = 0
@@ -89,7 +89,7 @@ def test_one_model_alone_has_one_list_and_its_activations_alone(parts, tmp_path,
     assert {path.stem for path in folder.glob("acts-*.js")} == {"acts-0-0", "acts-1-0"}
     explorer = Explorer(folder, parts.sae, HASH, one)
     assert explorer.index["models"] == ["CLIP"] and explorer.index["live"] and not explorer.index["notices"]
-    left_out = parts.sets[0].atlas.frequency_tau.values > 0.5
+    left_out = parts.sets[0].atlas.image_frequency_tau.values > 0.5
     for image in range(2):
         found = read_activations(folder, image, 0)
         for field, value in found._asdict().items():
@@ -106,7 +106,7 @@ def test_one_model_alone_has_one_list_and_its_activations_alone(parts, tmp_path,
 
 def test_statistics_and_references_are_those_of_the_atlases(parts):
     atlas, latents = parts.sets[0].atlas, read_block(parts.folder, "latents")
-    for name in ("frequency", "mean_activation", "entropy", "label_std"):
+    for name in ("image_frequency", "mean_activation", "entropy", "label_std"):
         np.testing.assert_array_equal(unpack(latents[name]), atlas[name].values.astype(np.float32))
     patches = int(np.prod(parts.models[0].backbone.grid))
     for number, one in enumerate(parts.sets):
@@ -250,7 +250,7 @@ def test_an_atlas_of_another_sae_is_named_and_the_rest_goes_on(parts, tmp_path):
     (notice,) = explorer.index["notices"]
     assert f"The atlas of 'tiny' describes sae-another, not {HASH}" in notice
     assert [one["title"] for one in explorer.index["sets"]] == ["Sketches"]
-    assert explorer.index["general"] is None and "frequency" not in explorer.block("latents")
+    assert explorer.index["general"] is None and "image_frequency" not in explorer.block("latents")
     assert not unpack(explorer.block("latents")["left_out"]).any()
     assert explorer.block("acts-0-0")
     same_name = sparse_sae(clip.d_model)

@@ -132,7 +132,7 @@ def test_pictures_are_drawn_by_the_stated_rule(parts):
 
 def test_a_name_is_proven_by_what_is_known_and_by_that_alone(parts):
     sae, clip, (_, atlas, images) = parts.sae, parts.models[0].backbone, parts.sets[0]
-    living = atlas.frequency.values > 0
+    living = atlas.image_frequency.values > 0
     rng = np.random.default_rng(0)
     looks = rng.standard_normal((sae.d_sae, clip.embed_dim)).astype(np.float32)
     words = ("cat", "dog", "red", "apple")

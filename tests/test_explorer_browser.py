@@ -115,7 +115,7 @@ def test_a_patch_can_be_clicked_and_taken_back(opened, parts):
 @pytest.mark.parametrize("patch", [None, (2, 3), (6, 6)])
 @pytest.mark.parametrize("model", [1, 2])
 def test_the_lists_are_those_that_python_computes(opened, parts, patch, model):
-    grid, left_out = parts.models[0].backbone.grid, parts.sets[0].atlas.frequency_tau.values > 0.5
+    grid, left_out = parts.models[0].backbone.grid, parts.sets[0].atlas.image_frequency_tau.values > 0.5
     if model == 2:
         part(opened, "model").select_option("2")
         drawn(opened)
@@ -143,7 +143,7 @@ def test_a_latent_changes_maps_scatter_statistics_and_references(opened, parts):
     assert part(opened, "statistics").inner_text() != table and opened.evaluate(REFERENCES) != references
     atlas = parts.sets[0].atlas.isel(latent=latent)
     cells = part(opened, "statistics").locator("td").all_inner_texts()
-    shown = ("frequency", "frequency_tau", "mean_activation", "entropy", "label_std")
+    shown = ("image_frequency", "image_frequency_tau", "mean_activation", "entropy", "label_std")
     for cell, name in zip(cells, shown, strict=True):
         assert float(cell) == pytest.approx(float(atlas[name]), rel=0.01)
     values = image_values(stored(parts, 0, 0), parts.sae.d_sae)
@@ -204,7 +204,7 @@ def test_bars_and_scatter_choose_a_latent(opened):
 
 
 def test_any_latent_can_be_called_by_its_number(opened, parts):
-    left_out = int(np.flatnonzero(parts.sets[0].atlas.frequency_tau.values > 0.5)[0])
+    left_out = int(np.flatnonzero(parts.sets[0].atlas.image_frequency_tau.values > 0.5)[0])
     entry, before = part(opened, "number"), pixels(opened, "map-clip", "scatter")
     assert int(entry.input_value()) == opened.evaluate("() => JSON.parse(window.seen).latent")
     entry.fill(str(left_out))

@@ -76,7 +76,7 @@ def test_jupyterlab_answers_every_control_and_shows_images_of_the_users(lab, par
     page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")
     page.wait_for_selector(".px[data-drawn]", timeout=60_000)
     drawn(page)
-    left_out = parts.sets[0].atlas.frequency_tau.values > 0.5
+    left_out = parts.sets[0].atlas.image_frequency_tau.values > 0.5
 
     def same_as_static(image, patch):
         groups = group_latents(stored(parts, image, 0), stored(parts, image, 1), left_out, patch)

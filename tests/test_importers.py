@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from patchsae.command import main
 from patchsae.runs.errors import PatchSAEError
 from patchsae.sae.importers import (
-    Source,
+    Project,
     check_import,
     export_saelens,
     fold_input,
@@ -583,7 +583,7 @@ def test_command_line(tmp_path, authors, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["import", "--help"])
     assert caught.value.code == 0 and "--layout" in capsys.readouterr().out
-    assert {str(source) for source in Source} >= {"patchsae", "saelens", "saev", "sparsify", "prisma"}
+    assert {str(source) for source in Project} >= {"patchsae", "saelens", "saev", "sparsify", "prisma"}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])

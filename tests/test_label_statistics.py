@@ -57,7 +57,9 @@ def test_regions_follow_their_rule():
     rng = np.random.default_rng(0)
     index = rng.integers(0, 50, (4, 60))
     index[3, :10] = -1  # no full set of references
-    fields = {name: ("latent", rng.random(60)) for name in ("frequency", "mean_activation", "entropy")}
+    fields = {
+        name: ("latent", rng.random(60)) for name in ("image_frequency", "mean_activation", "entropy")
+    }
     atlas = xr.Dataset(fields | {"top_index": (("rank", "latent"), index)})
     picked, full = pick_regions(atlas), np.arange(60) >= 10
     frequency, mean, spread = (atlas[name].values for name in fields)
@@ -98,7 +100,7 @@ def test_shared_latents_have_all_references_everywhere():
 
 
 def counted(count: list[int], frequency: list[float], tokens: int) -> xr.Dataset:
-    fields = {"dataset_count": ("latent", count), "frequency": ("latent", frequency)}
+    fields = {"dataset_count": ("latent", count), "image_frequency": ("latent", frequency)}
     return xr.Dataset(fields, attrs={"tokens": tokens})
 
 

@@ -47,7 +47,7 @@ def test_the_example_of_the_readme_on_a_flat_folder(clip, photos, lens, tmp_path
     assert len(pictures) == 10 and pictures.classnames == ("holiday",) and pictures.name == "holiday"
     found = ps.describe(lens, pictures, tmp_path, progress=False, k=3)
     assert found.atlas.sizes["latent"] == 128 and found.atlas.sizes["rank"] == 3
-    alive = int(found.atlas.frequency.values.argmax())
+    alive = int(found.atlas.image_frequency.values.argmax())
     figure = ps.show(found, latent=alive, images=2)
     assert isinstance(figure, Figure) and len(figure.axes) == 4
     figure.savefig(tmp_path / "latent.png")
@@ -134,8 +134,8 @@ def test_what_cannot_be_is_one_sentence(clip, photos, lens, tmp_path, monkeypatc
     one = ps.open_images(draw(tmp_path / "one", 1), clip)
     found = ps.describe(lens, one, tmp_path, progress=False)
     refused("latent=999 is none of the 128", ps.show, found, 999)
-    silent = int(found.atlas.frequency.values.argmin())
-    if not found.atlas.frequency[silent]:
+    silent = int(found.atlas.image_frequency.values.argmin())
+    if not found.atlas.image_frequency[silent]:
         refused(f"latent {silent} fires on no image", ps.show, found, silent)
     refused("describe has no parameter 'taw'", ps.describe, lens, one, tmp_path, taw=1)
     refused("k=5 references were asked for, but 'one' has 1 images", ps.describe, lens, one, tmp_path, k=5)

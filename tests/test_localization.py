@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from tiny import tiny_backbone, tiny_images
 
 from patchsae.latents.maps import (
-    Mode,
+    Upsampling,
     covered_pixels,
     fired,
     image_means,
@@ -99,12 +99,12 @@ def test_enlarging_is_torchs(size, grid):
     near = F.interpolate(table, (size, size), mode="nearest")[0, 0]
     smooth = F.interpolate(table, (size, size), mode="bilinear")[0, 0]
     np.testing.assert_array_equal(upsample(patch_map, grid, size), near)
-    np.testing.assert_array_equal(upsample(patch_map, grid, size, Mode.BILINEAR), smooth)
+    np.testing.assert_array_equal(upsample(patch_map, grid, size, Upsampling.BILINEAR), smooth)
 
 
 def test_soft_masks_lie_between_0_and_1():
     patch_map = torch.tensor([0.0, 1.0, 4.0, 2.0])
-    for mode in Mode:
+    for mode in Upsampling:
         mask = soft_mask(patch_map, (2, 2), 8, mode)
         assert mask.shape == (8, 8) and mask.min() == 0 and mask.max() == 1
     assert soft_mask(patch_map, (2, 2), 8, peak=8.0).max() == 0.5

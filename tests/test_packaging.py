@@ -138,7 +138,7 @@ clip = ps.load_clip("patchsae:small_clip", block=11)
 photos = ps.open_images("photos", clip)
 lens = ps.train(clip, photos, expansion=1, token_batch=64, images=20, progress=False)
 found = ps.describe(lens, photos, progress=False)
-ps.show(found, latent=int(found.atlas.frequency.values.argmax())).savefig("latent.png")
+ps.show(found, latent=int(found.atlas.image_frequency.values.argmax())).savefig("latent.png")
 shipped = ps.load_sae("patchsae:sae/main", clip)
 ps.explore(shipped, photos, gallery=2, progress=False).save("explorer.html")
 """

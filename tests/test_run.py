@@ -231,7 +231,7 @@ def test_what_is_not_a_notebook_is_one_sentence(tmp_path, capsys, text):
 BOOK = """scale: str = "embedded"
 results: str = "results"
 k: int = 10  # kept
-l1: float = -1.0
+l1: float | None = None
 blocks: list[int] = [2]
 seed: int = 0
 tau: float = 0.2
@@ -245,8 +245,9 @@ tau: float = 0.2
         ({"k": "0", "blocks": "[0]"}, r"k=0 must be 1 or more; blocks=\[0\] must be from 1 to 64"),
         ({"tau": "inf"}, r"'tau' of .* takes float \(0 or more\), not 'inf'"),
         ({"tau": float("inf")}, "tau=inf must be 0 or more"),
-        ({"l1": "nan"}, r"'l1' of .* takes float \(any finite number\), not 'nan'"),
+        ({"l1": "nan"}, r"'l1' of .* takes float \| None \(0 or more\), not 'nan'"),
         ({"scale": "papr"}, "scale='papr' must be one of 'embedded', 'paper'"),
+        ({"l1": "-1"}, "l1=-1.0 must be 0 or more"),
         ({"seed": "010"}, "'seed' of .* takes int .*, not '010'"),
         ({"seed": "1:30"}, "'seed' of .* takes int .*, not '1:30'"),
     ],

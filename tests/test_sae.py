@@ -36,7 +36,7 @@ def test_losses_and_gradients_equal_the_released_code(name):
     out.total.backward()
     for value, key in (
         (out.reconstruction, "mse"),
-        (out.l1, "l1"),
+        (out.l1_loss, "l1"),
         (out.ghost, "ghost"),
         (out.total, "loss"),
     ):

@@ -178,7 +178,7 @@ def test_the_rows_that_are_shipped_are_those_that_chapter_6_asks_for():
     exec(parameters.source, values)
     for name in vars(Budget()):
         assert values[name] == getattr(Budget(), name)
-    assert (values["seed"], values["expansion"], values["l1"]) == (0, 0, -1.0)
+    assert (values["seed"], values["expansion"], values["l1"]) == (0, None, None)
 
 
 def test_rows_on_all_tokens_are_the_scales_own_autoencoders(tmp_path):

@@ -42,7 +42,7 @@ def test_losses_and_gradients_equal_the_released_code(name, execution):
         value = torch.from_numpy(golden[parameter])
         getattr(sae, parameter).data = value.T.contiguous() if parameter == "W_enc" else value
     found = Stepper(sae, execution).backward(x, torch.from_numpy(golden["dead"]))
-    for value, key in ((found.reconstruction, "mse"), (found.l1, "l1"), (found.ghost, "ghost")):
+    for value, key in ((found.reconstruction, "mse"), (found.l1_loss, "l1"), (found.ghost, "ghost")):
         assert value == pytest.approx(float(golden[key]), rel=1e-5), key
     assert sum(found[:3]) == pytest.approx(float(golden["loss"]), rel=1e-5)
     expected = torch.from_numpy(golden["sae_out"]).flatten(0, 1)

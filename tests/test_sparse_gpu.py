@@ -117,7 +117,9 @@ def test_consecutive_steps_equal_the_dense_ones(bf16, config):
         fired.append(active.start.diff() > 0)
         assert torch.equal(fired[-1], expected.fired)
         assert decoded.error.mean().item() == pytest.approx(expected.reconstruction, rel=1e-5)
-        assert sae.config.l1 * active.value.sum().item() / len(x) == pytest.approx(expected.l1, rel=1e-5)
+        assert sae.config.l1 * active.value.sum().item() / len(x) == pytest.approx(
+            expected.l1_loss, rel=1e-5
+        )
         assert_near(decoded.x_hat, expected.output, 1e-5, "output")
         for name in PARAMETERS:
             assert_near(getattr(sae, name).data, getattr(other, name).data, 1e-5, f"{name}, step {step}")

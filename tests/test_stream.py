@@ -16,7 +16,7 @@ from patchbook.scenes.embedded import SceneSet
 from patchsae.images.files import FolderImages
 from patchsae.images.loading import Pixels, read_batches
 from patchsae.runs.errors import PatchSAEError
-from patchsae.runs.ranks import Ranks
+from patchsae.runs.processes import Processes
 from patchsae.training import activations
 from patchsae.training.stream import StreamConfig, TokenBatch, TokenStream, image_order
 
@@ -71,7 +71,9 @@ def test_lanes_give_any_number_of_processes_the_same_batches(backbone, images, w
     # 22 images a chunk: uneven lanes; the last chunk has 2 images, so two of four lanes are empty
     config = replace(CONFIG, images=24, chunk_images=22, token_batch=127)
     whole = list(TokenStream(images, backbone, config).batches())
-    parts = [list(TokenStream(images, backbone, config, Ranks(r, world)).batches()) for r in range(world)]
+    parts = [
+        list(TokenStream(images, backbone, config, Processes(r, world)).batches()) for r in range(world)
+    ]
     assert {len(part) for part in parts} == {len(whole)}
     assert sum(batch.tokens for batch in whole) == 24 * 50
     for one, *several in zip(whole, *parts, strict=True):
@@ -212,7 +214,7 @@ def test_bad_input_is_named(backbone, images):
     with pytest.raises(PatchSAEError, match="empty"):
         TokenStream(images.subset([]), backbone, CONFIG)
     with pytest.raises(PatchSAEError, match="lanes=4 cannot be dealt evenly to 3 processes"):
-        TokenStream(images, backbone, CONFIG, Ranks(0, 3))
+        TokenStream(images, backbone, CONFIG, Processes(0, 3))
     broken = torch.nn.Parameter(torch.full((32,), torch.nan), requires_grad=False)
     block = backbone.model.visual.transformer.resblocks[0]
     kept, block.ln_1.bias = block.ln_1.bias, broken

@@ -85,7 +85,7 @@ def test_everything_but_zero_shot_works_without_text(folders, name, tmp_path):
     with pytest.warns(UserWarning, match="hardly anything was learned"):
         lens = ps.train(clip, photos, tmp_path, progress=False, expansion=1, token_batch=32)
     found = ps.describe(lens, photos, tmp_path, progress=False)
-    ps.show(found, int(found.atlas.frequency.values.argmax()))
+    ps.show(found, int(found.atlas.image_frequency.values.argmax()))
     page = ps.explore(lens, photos, tmp_path, gallery=2, progress=False).save(tmp_path / "page.html")
     assert page.is_file()
     for ask in (lambda: clip.encode_text("a dog"), lambda: clip.logit_scale, lambda: clip.tokenize("a")):

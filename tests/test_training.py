@@ -69,7 +69,7 @@ def test_metrics_are_those_of_the_batch(backbone, images, tmp_path):
     assert row["fvu"] == pytest.approx((gap.sum() / (x - x.mean(0)).square().sum()).item(), rel=1e-5)
     assert row["cosine"] == pytest.approx(torch.cosine_similarity(x, x_hat).mean().item(), rel=1e-5)
     assert row["l0"] == pytest.approx((f > 0).sum(1).float().mean().item(), rel=1e-6)
-    assert row["l1"] == pytest.approx(f.sum(1).mean().item(), rel=1e-5)
+    assert row["l1_norm"] == pytest.approx(f.sum(1).mean().item(), rel=1e-5)
     assert row["step"] == 1 and row["tokens"] == 128 and row["images"] == 2 and row["ghost"] == 0
 
 

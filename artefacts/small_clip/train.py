@@ -39,7 +39,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from patchbook.scenes.captions import captions
 from patchbook.scenes.catalogue import concepts, trained_mask
 from patchbook.scenes.pictograms import Layout, SceneConfig, content, layout, paint, render
-from patchsae.runs.ranks import Ranks, join, local_device
+from patchsae.runs.processes import Processes, join, local_device
 from patchsae.runs.stage import project_root, write_atomic, write_json
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -595,7 +595,7 @@ def train(
     `start_from`, a folder that `publish` wrote, only the last phase is run, on that model. `workers`
     processes plan steps ahead.
     """
-    ranks = join(device)
+    processes = join(device)
     torch.manual_seed(recipe.seed)
     clip, tokenizer, normal = build()
     smooth_positions(clip)
@@ -625,16 +625,16 @@ def train(
         save(checkpoint, {
             "clip": clip.state_dict(), "head": head.state_dict(), "seen": seen, "rows": rows,
             "steppers": [opt.state_dict() for opt in steppers], "seconds": time.time() - start,
-            "world": ranks.world,
+            "world": processes.world,
         })  # fmt: skip
 
-    plans = Plans(recipe, steps_from(recipe, seen, ranks.world), ranks.rank, tokenizer)
+    plans = Plans(recipe, steps_from(recipe, seen, processes.world), processes.rank, tokenizer)
     ahead = {"prefetch_factor": 4} if workers else {}
     # one process's plans are made in the order of its steps, by whichever worker is next
     for plan in DataLoader(
         plans, batch_size=None, collate_fn=lambda plan: plan, num_workers=workers, **ahead
     ):
-        if ranks.agree(minutes is not None and time.time() - start > minutes * 60 + spent):
+        if processes.agree(minutes is not None and time.time() - start > minutes * 60 + spent):
             break
         phase = phase_at(recipe.phases, seen)
         batch = draw_batch(plan, phase, normal, device)
@@ -645,7 +645,7 @@ def train(
             "unsaid": phase.unsaid, "crowded": phase.unsaid,
         }  # fmt: skip
         sum(weight * parts[name] for name, weight in weights.items() if name in parts).backward()
-        average(ranks, [*clip.parameters(), *head.parameters()])
+        average(processes, [*clip.parameters(), *head.parameters()])
         torch.nn.utils.clip_grad_norm_([*clip.parameters(), *head.parameters()], 1.0)
         factor = rate_at(recipe, seen)
         for group, base in zip([g for o in steppers for g in o.param_groups], base_rates, strict=True):
@@ -654,10 +654,10 @@ def train(
             opt.step()
             opt.zero_grad(set_to_none=True)
         clip.logit_scale.data.clamp_(0, np.log(100))
-        seen, step = seen + len(batch.images) * ranks.world, step + 1
+        seen, step = seen + len(batch.images) * processes.world, step + 1
         if step % 10 == 0 or not recent:
             recent.append({name: value.item() for name, value in parts.items()})
-        if not ranks.first:
+        if not processes.first:
             continue
         if step % 40 == 0:
             mean = means(recent[-4:])
@@ -673,19 +673,19 @@ def train(
             evaluated = seen
             rows.append(curve_row(clip, tokenizer, normal, seen, time.time() - start, recent))
             print(f"  {seen:,}: " + json.dumps(rows[-1]), flush=True)
-    if ranks.first:
+    if processes.first:
         keep_state()
         write_curve(run / "curve.csv", rows)
     return clip
 
 
-def average(ranks: Ranks, parameters: list[nn.Parameter]) -> None:
+def average(processes: Processes, parameters: list[nn.Parameter]) -> None:
     """Average gradients over the processes."""
-    if ranks.world == 1:
+    if processes.world == 1:
         return
     grads = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([g.flatten() for g in grads])
-    ranks.sum(flat).div_(ranks.world)
+    processes.sum(flat).div_(processes.world)
     for grad, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
         grad.copy_(mean.view_as(grad))
 

@@ -142,7 +142,7 @@ def _typed(notebook: Path, parameter: Parameter, value: Any, allowed: Range | No
     for candidate in _readings(value) if isinstance(value, str) else [value]:
         if annotation is None or _fits(candidate, annotation):
             whole = isinstance(candidate, int) and not isinstance(candidate, bool)
-            wants_float = isinstance(annotation, ast.Name) and annotation.id == "float"
+            wants_float = annotation is not None and _is_float(annotation)
             kind = _container(candidate, annotation)
             return float(candidate) if whole and wants_float else kind(candidate) if kind else candidate
     legal = f" ({allowed})" if allowed else ""
@@ -204,6 +204,15 @@ def _fits(value: Any, annotation: ast.expr) -> bool:
             return isinstance(value, dict)
     # A type the runner cannot judge (Literal, Path, a class) is left to the notebook.
     return True
+
+
+def _is_float(annotation: ast.expr) -> bool:
+    match annotation:
+        case ast.BinOp(left=left, op=ast.BitOr(), right=ast.Constant(value=None)):
+            return _is_float(left)
+        case ast.Name(id=name):
+            return name == "float"
+    return False
 
 
 def _container(value: Any, annotation: ast.expr | None) -> type | None:

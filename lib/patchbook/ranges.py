@@ -52,7 +52,7 @@ RANGES: Mapping[str, Range] = {
     "device": Range(pattern=r"cpu|mps|cuda(:\d+)?"),
     "mode": Range(words=("replace", "replace_bias", "add_error")),
     "tokens": Range(words=("all", "cls", "patches")),
-    "l1": Range(),
+    "l1": Range(0),
     "tau": Range(0),
     "frequent": Range(0, 1),
     # no vision transformer of open_clip has more blocks; which the model has is asked when it is built
@@ -61,17 +61,17 @@ RANGES: Mapping[str, Range] = {
     **_each("seed prompt_seed", Range(0, 2**32 - 1)),
     "workers": Range(0, 1024),
     "jobs": Range(1, 1024),
-    # counts of which 0 stands for the scale's, for all, or for none
+    # counts of which 0 stands for all, or for none
     **_each(
-        "images expansion rank_images half_images class_images table_images seed_images own_sae_images "
-        "block_images row_images different_images test_images cls_images cls_different_images "
-        "variant_images active",
+        "rank_images half_images class_images table_images confusion_images test_images cls_images "
+        "cls_different_images variant_images",
         Range(0),
     ),
     **_each(
         "benchmark_images live_images ghost_images atlas_images dataset_images mask_images truth_images "
         "truth_pairs known_scenes classes block_atlas_images words word_images own_rank_images "
         "contrast_images draws match_latents learned_images purity_images "
+        "images expansion active own_sae_images block_images row_images different_images "
         "gallery_images k references top random sizes",
         Range(1),
     ),

@@ -37,11 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(options: argparse.Namespace) -> None:
     from patchbook.scales import scale
-    from patchsae.runs.ranks import join, local_device
+    from patchsae.runs.processes import join, local_device
     from patchsae.runs.stage import project_root
 
     device = local_device(options.device)
-    ranks = join(device)
+    processes = join(device)
     setup = scale(options.scale)
     backbone = setup.backbone(options.model, options.pretrained, block=options.block, device=device)
     sets = setup.sets(backbone, options.data)
@@ -56,7 +56,7 @@ def _train(options: argparse.Namespace) -> None:
         train={name: getattr(options, name) for name in of_training},
         progress=not options.quiet,
     )  # fmt: skip
-    if ranks.first:
+    if processes.first:
         last = trained.metrics[-1]
         shown = ", ".join(f"{name} {last[name]:.4g}" for name in ("mse", "fvu", "l0", "dead_share"))
         print(f"{trained.folder}: {last['tokens']:,.0f} tokens, {shown}")

@@ -34,7 +34,7 @@ def record(target: str) -> None:
             file = os.path.abspath(os.fsdecode(arguments[0]))
             if file.startswith(place):
                 opened_files.add(f"{ARTEFACTS}/{file.removeprefix(place).split('/')[0]}")
-            elif file.startswith(library) and not file.endswith((".py", ".pyc")):  # a page's own program
+            elif file.startswith(library) and not _compiled(file):  # a page's own program
                 opened_files.add(file.removeprefix(f"{root}/"))
 
     def write(*_: object) -> None:
@@ -42,6 +42,11 @@ def record(target: str) -> None:
 
     sys.addaudithook(opened)
     get_ipython().events.register("post_run_cell", write)  # noqa: F821  (the kernel's own)
+
+
+def _compiled(file: str) -> bool:
+    """Tell whether a file is code, found by `_modules`, or what Python and numba keep of it."""
+    return file.endswith(".py") or "__pycache__" in Path(file).parts
 
 
 def _modules(root: Path) -> set[str]:

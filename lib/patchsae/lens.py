@@ -222,7 +222,7 @@ def show(found: Found, latent: int, images: int = 5) -> Figure:
         axes[1, column].imshow(part)
     for axis in axes.flat:
         axis.set_axis_off()
-    share = float(one.frequency)
+    share = float(one.image_frequency)
     figure.suptitle(f"latent {latent} of {lens.name}: fires on {share:.1%} of images", fontsize=10)
     return figure
 

@@ -33,7 +33,7 @@ from patchsae.training.starts import BiasInit
 from patchsae.training.token_cache import fill, from_cache, parts_of
 from patchsae.training.trainer import TrainConfig, training_digest
 
-VERSION = 2  # raised when the same inputs give another row
+VERSION = 3  # raised when the same inputs give another row
 RESULT = "row.json"
 
 
@@ -97,10 +97,10 @@ class Sweep:
     """Block of that model that plays the printed one; 0 takes the printed one."""
     device: str = "cpu"
     """Where everything runs."""
-    expansion: float = 0
-    """Latents per dimension of the default rows; 0 takes the scale's."""
-    l1: float = -1.0
-    """λ of the default rows; negative takes the scale's."""
+    expansion: float | None = None
+    """Latents per dimension of the default rows; None takes the scale's."""
+    l1: float | None = None
+    """λ of the default rows; None takes the scale's."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """How rows on all tokens are trained; with a `cache`, the measuring reads one too."""
     cls_train: TrainConfig = field(default_factory=TrainConfig)
@@ -126,7 +126,7 @@ class Sweep:
     def configs(self, design: Design) -> tuple[SAEConfig, TrainConfig]:
         """Return a row's settings here: λ and expansion differ from the default by the paper's factors."""
         setup = scale(self.scale)
-        l1 = self.l1 if self.l1 >= 0 else setup.l1
+        l1 = setup.l1 if self.l1 is None else self.l1
         expansion = (self.expansion or setup.expansion) * (design.expansion / DEFAULT.expansion)
         sae = SAEConfig(
             d_in=self.backbone(design).d_model,
@@ -152,12 +152,12 @@ class Sweep:
 class Budget:
     """How many images the rows see; the defaults are the book's, and artefacts/sae has their SAEs."""
 
-    row_images: int = 0
-    """Images each row on all tokens sees; 0 takes the scale's own run."""
+    row_images: int | None = None
+    """Images each row on all tokens sees; None takes the scale's own run."""
     cls_images: int = 2_000_000
     """Images each row on the CLS token sees, counted with repetition; 0 takes as many as the other rows."""
-    different_images: int = 0
-    """Training images there are, their tokens cached; 0 takes the scale's, which may be all, uncached."""
+    different_images: int | None = None
+    """Training images there are, their tokens cached; None: the scale's, which may be all, uncached."""
     cls_different_images: int = 12_288
     """The same for rows on the CLS token, where there is a number for the others."""
 
@@ -194,12 +194,12 @@ class Row(NamedTuple):
     folder: str
     """Name of the SAE's folder."""
     latents: int
-    l1_weight: float
+    l1: float
     """λ in this run."""
     expansion: float
     mse: float
     fvu: float
-    l1: float
+    l1_norm: float
     """Mean sum of latents per token, not multiplied by λ."""
     l0: float
     silent: float
@@ -364,9 +364,9 @@ def _measured(design: Design, sweep: Sweep, train: ImageSet, test: ImageSet, roo
     return Row(
         folder=trained.folder.name,
         latents=sae.d_sae,
-        l1_weight=config.l1,
+        l1=config.l1,
         expansion=config.expansion,
-        **{name: getattr(rebuilt, name) for name in ("mse", "fvu", "l1", "l0")},
+        **{name: getattr(rebuilt, name) for name in ("mse", "fvu", "l1_norm", "l0")},
         silent=rebuilt.dead_share,
         dead=trained.metrics[-1]["dead_share"],
         cl_sae=losses.sae.mean,

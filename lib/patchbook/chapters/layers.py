@@ -64,9 +64,9 @@ class Blocks:
 
 
 def open_blocks(
-    run: Run, blocks: Sequence[int], images: int, atlas_images: int, config: AtlasConfig
+    run: Run, blocks: Sequence[int], images: int | None, atlas_images: int, config: AtlasConfig
 ) -> Blocks:
-    """Train an autoencoder on each block, on so many images (0: the scale's), and describe its latents."""
+    """Train an autoencoder on each block, on so many images (None: the scale's); describe its latents."""
     less = run.changes.train | ({"images": images} | SHORT if images else {})
     drawn = run.sets.train.sample(atlas_images, run.seed)
     saes, cuts, atlases = {}, {}, {}

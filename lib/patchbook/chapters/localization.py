@@ -20,7 +20,7 @@ from patchsae.clip.backbone import Backbone
 from patchsae.images.sets import ImageSet
 from patchsae.latents.atlas import AtlasConfig
 from patchsae.latents.best_latents import choose, score_of
-from patchsae.latents.maps import Mode, latent_maps, masked_images, patch_cover
+from patchsae.latents.maps import Upsampling, latent_maps, masked_images, patch_cover
 from patchsae.latents.scores import Metric
 from patchsae.runs.intervals import bootstrap
 
@@ -48,7 +48,7 @@ class Described(NamedTuple):
     @property
     def usual(self) -> np.ndarray:
         """Tell which latents may be shown: with all references, and not active on nearly everything."""
-        full, frequency = (self.atlas.top_index.values >= 0).all(0), self.atlas.frequency_tau.values
+        full, frequency = (self.atlas.top_index.values >= 0).all(0), self.atlas.image_frequency_tau.values
         return full & (frequency <= max(0.5, np.median(frequency[full])))
 
 
@@ -138,7 +138,7 @@ def _level(run, described, scene, on_patches, title, unit, activation, box) -> L
     if not len(found):
         return Level(title, unit, activation, box, 0, Shown("no such latent is active", [], [], []))
     latent = int(found[0])
-    masks = [masked_images(run.sae, run.backbone, scene.images, latent, mode)[0] for mode in Mode]
+    masks = [masked_images(run.sae, run.backbone, scene.images, latent, mode)[0] for mode in Upsampling]
     soft = latent_maps(run.sae, on_patches, [latent])[0, 0].view(*run.backbone.grid).numpy()
     return Level(
         title, unit, activation, box, latent,

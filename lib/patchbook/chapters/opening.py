@@ -111,13 +111,14 @@ class Run:
 
 def open_run(
     scale: str, *, data: str, model: str, pretrained: str, block: int, device: str, seed: int, results: str,
-    images: int = 0, expansion: int = 0, l1: float = -1.0, ghost: bool = True, workers: int = 0,
-    activation: str = "", active: int = 0, sae: str = "", pictures: str = "",
+    images: int | None = None, expansion: int | None = None, l1: float | None = None, ghost: bool = True,
+    workers: int = 0,
+    activation: str | None = None, active: int | None = None, sae: str = "", pictures: str = "",
 ) -> Run:  # fmt: skip
     """Open what the parameters of a chapter ask for; the autoencoder is trained when it is first needed.
 
-    `images=0`, `expansion=0` and a negative `l1` take the scale's, and so does `activation=''`; with 'topk'
-    and 'batchtopk', `active` latents per token are kept and nothing is penalised unless `l1` says so.
+    None takes the scale's. With `activation` 'topk' and 'batchtopk', `active` latents per token are kept
+    and nothing is penalised unless `l1` says so.
 
     Parameters
     ----------
@@ -133,13 +134,13 @@ def open_run(
     least = activation in ("topk", "batchtopk")
     changes = Changes(
         {
-            "expansion": expansion or None,
-            "l1": l1 if l1 >= 0 else 0.0 if least else None,
+            "expansion": expansion,
+            "l1": 0.0 if least and l1 is None else l1,
             "ghost": ghost,
-            "activation": activation or None,
+            "activation": activation,
             "k": (active or setup.topk_sae.get("k")) if least else None,
         },
-        {"images": images or None, "seed": seed},
+        {"images": images, "seed": seed},
     )
     sets = own_sets(pictures, backbone) if pictures else setup.sets(backbone, data)
     return Run(setup, backbone, sets, project_root() / results, changes, seed, workers, sae)

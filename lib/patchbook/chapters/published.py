@@ -50,7 +50,7 @@ class Ablated(NamedTuple):
     """Contrastive loss with the CLS token reconstructed."""
     cl_original: float | None
     """The same with the model's own; every row was scored on another batch."""
-    l1: float | None
+    l1_norm: float | None
     """Sum of latents per token; that of 'λ × 10' is a misprint, being in another unit."""
     l0: float
     """Active latents per token."""

@@ -31,7 +31,7 @@ ROW = TABLE_2["all tokens"]
 LABELS = {
     "d_in": "width of the residual stream", "expansion": "expansion", "d_sae": "latents", "lambda": "λ",
     "mse": "MSE / ‖z‖", "fvu": "FVU", "cosine": "cosine", "l0": "L0 (active latents per token)",
-    "l1": "L1 (sum of latents per token)", "dead_share": "share of latents silent on this set",
+    "l1_norm": "L1 (sum of latents per token)", "dead_share": "share of latents silent on this set",
     "tokens": "tokens scored",
 }  # fmt: skip
 
@@ -59,7 +59,7 @@ def rebuilt_table(found: Rebuilt) -> Table:
     ours = size | found.measured._asdict()
     paper = {
         "d_in": PAPERS_SAE.d_in, "expansion": PAPERS_SAE.expansion, "d_sae": PAPERS_SAE.d_sae,
-        "lambda": PAPERS_SAE.l1, "mse": ROW.mse, "l0": ROW.l0, "l1": ROW.l1,
+        "lambda": PAPERS_SAE.l1, "mse": ROW.mse, "l0": ROW.l0, "l1_norm": ROW.l1_norm,
     }  # fmt: skip
     rows = {
         title: {"this run": _in_print(ours[key]), "paper (Table 2)": _in_print(paper.get(key))}

@@ -19,7 +19,7 @@ from patchsae.latents.maps import Mass, fired, mass_inside, patch_cover, patch_t
 from patchsae.runs.intervals import Interval, bootstrap_ratio
 
 FIELDS = {
-    "frequency": "activated frequency", "token_frequency": "frequency over tokens",
+    "image_frequency": "activated frequency", "token_frequency": "frequency over tokens",
     "mean_activation": "mean activation", "entropy": "label entropy (nat)",
     "entropy_references": "label entropy of references (nat)",
     "label_std": "standard deviation of label numbers",
@@ -29,7 +29,7 @@ QUANTILES = {"minimum": 0.0, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "maximum
 
 def alive(atlas: xr.Dataset) -> np.ndarray:
     """Return the numbers of the latents that fire."""
-    return np.flatnonzero(atlas.frequency.values > 0)
+    return np.flatnonzero(atlas.image_frequency.values > 0)
 
 
 def counted(atlas: xr.Dataset) -> str:
@@ -55,7 +55,7 @@ def region_references(atlas: xr.Dataset, described: ImageSet, regions: dict[str,
     for name, latent in regions.items():
         column = atlas.isel(latent=latent)
         title = (
-            f"({name}) latent {latent}: frequency {float(column.frequency):.4f}, "
+            f"({name}) latent {latent}: frequency {float(column.image_frequency):.4f}, "
             f"mean activation {float(column.mean_activation):.4f}, entropy {float(column.entropy):.2f} nat"
         )
         rows[title] = shown(described, column.top_index.values)
@@ -65,7 +65,7 @@ def region_references(atlas: xr.Dataset, described: ImageSet, regions: dict[str,
 def fig_3(atlas: xr.Dataset, seed: int) -> Finding:
     """Judge Fig. 3."""
     here = alive(atlas)
-    found = in_two_clusters(atlas.frequency.values[here], atlas.mean_activation.values[here], seed)
+    found = in_two_clusters(atlas.image_frequency.values[here], atlas.mean_activation.values[here], seed)
     return finding(
         "Fig. 3",
         claim="Rare latents have low and frequent ones high activation, in two large clusters.",

@@ -109,7 +109,7 @@ def _results(row: Row | Ablated) -> dict[str, str]:
         "MSE": number(row.mse, 4),
         "CL SAE": number(row.cl_sae, 3),
         "CL Org.": number(row.cl_original, 3),
-        "L1": number(row.l1, 3),
+        "L1": number(row.l1_norm, 3),
         "L0": number(row.l0, 2).replace(",", ""),
     }
 
@@ -129,7 +129,7 @@ def printed_table(found: Ablation) -> Table:
             "ghost": "T" if design.ghost else "F",
             "bias": "mean" if design.b_dec_init == "mean" else "geom.",
         }
-        own = {"block": cut.block, "λ": _power(row.l1_weight), "exp.": f"{row.expansion:g}"}
+        own = {"block": cut.block, "λ": _power(row.l1), "exp.": f"{row.expansion:g}"}
         printed = {"block": design.block, "λ": _power(design.l1), "exp.": f"{design.expansion:g}"}
         rows[name, "here"] = {c: (choices | own)[c] for c in COLUMNS} | _results(row)
         if name in TABLE_2:
@@ -302,11 +302,11 @@ def token_table(found: ByTokens) -> Table:
     """Return how frequent and strong the latents of both are."""
     columns = {}
     for title, atlas in found.atlases.items():
-        alive = (atlas.frequency > 0).values
-        upper = alive & (atlas.frequency > 0.1).values
+        alive = (atlas.image_frequency > 0).values
+        upper = alive & (atlas.image_frequency > 0.1).values
         columns[title] = {
             "latents that fire, %": 100 * alive.mean(),
-            "median frequency of these": np.median(atlas.frequency.values[alive]),
+            "median frequency of these": np.median(atlas.image_frequency.values[alive]),
             "active on more than a tenth of the images, %": 100 * upper.sum() / max(alive.sum(), 1),
             "median mean activation": np.median(atlas.mean_activation.values[alive]),
             "median label entropy (nat)": np.median(atlas.entropy.values[alive]),
@@ -319,8 +319,10 @@ def token_table(found: ByTokens) -> Table:
 def fig_8(found: ByTokens, seed: int) -> Finding:
     """Judge Fig. 8 on equal terms: the dictionary of all tokens, too, on CLS tokens alone."""
     pair = found.atlases["(a) CLS token"], found.on_cls
-    middle = np.median(np.concatenate([a.mean_activation.values[a.frequency.values > 0] for a in pair]))
-    upper = [((a.frequency > 0.1) & (a.mean_activation > middle)).values.astype(float) for a in pair]
+    middle = np.median(
+        np.concatenate([a.mean_activation.values[a.image_frequency.values > 0] for a in pair])
+    )
+    upper = [((a.image_frequency > 0.1) & (a.mean_activation > middle)).values.astype(float) for a in pair]
     denser = bootstrap(100 * (upper[1] - upper[0]), seed)
     no_more = (
         "On equal terms no more latents are frequent and strong; (b) in the figure counts all tokens of an "

@@ -243,13 +243,13 @@ class Ghost(NamedTuple):
         )
 
 
-def ghost_runs(run: Run, images: int, l1: float) -> Ghost:
+def ghost_runs(run: Run, images: int, l1: float | None) -> Ghost:
     """Train short runs under ever harsher settings until a fifth of the latents die, then the remedy.
 
-    `l1`: weight of the penalty where the harshness begins; negative takes the scale's.
+    `l1`: weight of the penalty where the harshness begins; None takes the scale's.
     """
     few = run.sets.train.sample(max(images // 4, 1), run.seed)
-    weight = l1 if l1 >= 0 else run.setup.l1
+    weight = run.setup.l1 if l1 is None else l1
 
     def short(harsher: int, remedy: bool) -> Sequence[Mapping[str, float]]:
         settings = {

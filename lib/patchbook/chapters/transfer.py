@@ -84,7 +84,10 @@ def open_elsewhere(run: Run, images: int, config: AtlasConfig, own: xr.Dataset) 
 
 def caption(column: xr.Dataset) -> str:
     """Write frequency and mean activation, as logarithms to base 10, and entropy of a latent."""
-    f, a = (round(np.log10(max(float(column[v]), 1e-9)), 1) + 0.0 for v in ("frequency", "mean_activation"))
+    f, a = (
+        round(np.log10(max(float(column[v]), 1e-9)), 1) + 0.0
+        for v in ("image_frequency", "mean_activation")
+    )
     return f"f {f:.1f}, a {a:.1f}, e {float(column.entropy):.1f}"
 
 
@@ -92,7 +95,7 @@ def fig_10(found: Elsewhere, k: int) -> Finding:
     """Judge Fig. 10 on all data sets but the first, which is like the images of training."""
     others, seed = found.first[1:], found.run.seed
     observed = np.full((len(others), found.run.sae.d_sae), np.nan)
-    null, special = observed.copy(), found.own.frequency_tau.values <= 0.5
+    null, special = observed.copy(), found.own.image_frequency_tau.values <= 0.5
     for row, name in enumerate(others):
         atlas = found.atlases[name]
         full = special & (atlas.top_index.values[:REFERENCES] >= 0).all(0)

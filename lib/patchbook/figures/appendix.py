@@ -39,9 +39,9 @@ def token_scatters(atlases: Mapping[str, xr.Dataset]) -> Figure:
     )
     highest = max(float(atlas.entropy.max()) for atlas in atlases.values())
     for axis, (name, atlas) in zip(axes[0], atlases.items(), strict=True):
-        alive = (atlas.frequency > 0).values
+        alive = (atlas.image_frequency > 0).values
         points = axis.scatter(
-            np.log10(atlas.frequency.values[alive]), np.log10(atlas.mean_activation.values[alive]),
+            np.log10(atlas.image_frequency.values[alive]), np.log10(atlas.mean_activation.values[alive]),
             c=atlas.entropy.values[alive], s=6, vmin=0, vmax=highest, linewidths=0, rasterized=True,
         )  # fmt: skip
         axis.set_title(f"{name}\n{alive.sum():,} of {alive.size:,} latents fire")

@@ -135,9 +135,9 @@ def layers(image: np.ndarray, box: tuple[float, float, float, float], blocks: Se
         marked = dict(zip(layer.rows, cycle((VERMILION, BLUE, GREEN))))
         upper, below = left.subplots(2, 1)
         draw_lines(upper, layer.activation, "at the patch", marked)
-        alive = (layer.atlas.frequency > 0).values
+        alive = (layer.atlas.image_frequency > 0).values
         points = below.scatter(
-            np.log10(layer.atlas.frequency.values[alive]),
+            np.log10(layer.atlas.image_frequency.values[alive]),
             np.log10(layer.atlas.mean_activation.values[alive]),
             c=layer.atlas.entropy.values[alive], s=3, linewidths=0, rasterized=True,
         )  # fmt: skip

@@ -31,8 +31,8 @@ def statistics_scatter(
     atlas: xr.Dataset, marked: Mapping[str, int] | None = None, title: str = ""
 ) -> Figure:
     """Fig. 3, left: log10 frequency against log10 mean activation, coloured by label entropy."""
-    alive = (atlas.frequency > 0).values
-    x = np.log10(atlas.frequency.values[alive])
+    alive = (atlas.image_frequency > 0).values
+    x = np.log10(atlas.image_frequency.values[alive])
     y = np.log10(atlas.mean_activation.values[alive])
     figure = plt.figure(figsize=(6.4, 5.2), layout="constrained")
     grid = figure.add_gridspec(2, 2, width_ratios=(4, 1), height_ratios=(1, 4))
@@ -51,7 +51,10 @@ def statistics_scatter(
     right.tick_params(labelleft=False)
     figure.colorbar(points, ax=right, label="label entropy (nat)", fraction=0.5)
     for name, latent in (marked or {}).items():
-        place = (np.log10(atlas.frequency.values[latent]), np.log10(atlas.mean_activation.values[latent]))
+        place = (
+            np.log10(atlas.image_frequency.values[latent]),
+            np.log10(atlas.mean_activation.values[latent]),
+        )
         axis.plot(*place, "o", ms=11, mfc="none", mec=VERMILION, mew=1.6, label=f"({name}) latent {latent}")
         axis.annotate(
             name, place, xytext=(7, 7), textcoords="offset points", color=VERMILION, weight="bold"

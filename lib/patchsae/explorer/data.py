@@ -19,7 +19,7 @@ from patchsae.runs.errors import PatchSAEError
 from patchsae.sae.model import SAE
 from patchsae.training.activations import Tokens, token_columns
 
-STATISTICS = ("frequency", "frequency_tau", "mean_activation", "entropy", "label_std")
+STATISTICS = ("image_frequency", "image_frequency_tau", "mean_activation", "entropy", "label_std")
 BATCH = 16  # images encoded at a time
 
 
@@ -172,7 +172,7 @@ def fires_on_nearly_everything(atlas: xr.Dataset | None, frequent: float, latent
 
     Without an atlas none is. (The authors' demo leaves out what has a mean activation above 0.1.)
     """
-    return np.zeros(latents, bool) if atlas is None else atlas.frequency_tau.values > frequent
+    return np.zeros(latents, bool) if atlas is None else atlas.image_frequency_tau.values > frequent
 
 
 class References(NamedTuple):

@@ -17,7 +17,7 @@ from patchsae.runs.errors import PatchSAEError
 from torchvision import datasets
 
 
-class Source(NamedTuple):
+class Fetched(NamedTuple):
     """A data set that torchvision can fetch."""
 
     kind: str
@@ -29,14 +29,14 @@ class Source(NamedTuple):
 
 
 SOURCES = {
-    "caltech-101": Source("Caltech101", "caltech101", ("101_ObjectCategories",)),
-    "oxford_pets": Source("OxfordIIITPet", "oxford-iiit-pet", ("annotations", "images")),
-    "oxford_flowers": Source("Flowers102", "flowers-102", ("imagelabels.mat", "jpg")),
-    "food-101": Source("Food101", "food-101", ("meta", "images")),
-    "fgvc_aircraft": Source("FGVCAircraft", "fgvc-aircraft-2013b/data", ()),
-    "dtd": Source("DTD", "dtd/dtd", ("imdb", "labels", "images")),
-    "eurosat": Source("EuroSAT", "eurosat", ("2750",)),
-    "cifar-100": Source("CIFAR100", "", ("cifar-100-python",)),
+    "caltech-101": Fetched("Caltech101", "caltech101", ("101_ObjectCategories",)),
+    "oxford_pets": Fetched("OxfordIIITPet", "oxford-iiit-pet", ("annotations", "images")),
+    "oxford_flowers": Fetched("Flowers102", "flowers-102", ("imagelabels.mat", "jpg")),
+    "food-101": Fetched("Food101", "food-101", ("meta", "images")),
+    "fgvc_aircraft": Fetched("FGVCAircraft", "fgvc-aircraft-2013b/data", ()),
+    "dtd": Fetched("DTD", "dtd/dtd", ("imdb", "labels", "images")),
+    "eurosat": Fetched("EuroSAT", "eurosat", ("2750",)),
+    "cifar-100": Fetched("CIFAR100", "", ("cifar-100-python",)),
 }
 
 

@@ -21,15 +21,15 @@ from patchsae.runs.cadence import Cadence
 from patchsae.runs.checks import check_counts
 from patchsae.runs.disk import storing
 from patchsae.runs.errors import PatchSAEError, choose
+from patchsae.runs.processes import Processes, join
 from patchsae.runs.progress import progress_bar
-from patchsae.runs.ranks import Ranks, join
 from patchsae.runs.stage import Stage
 from patchsae.sae.model import SAE
 from patchsae.sae.step import latent_lists
 from patchsae.training.activations import Tokens, token_columns
 
 ATLAS = "atlas.zarr"
-VERSION = 3  # raised when the same inputs give other numbers, or the dataset has another shape
+VERSION = 4  # raised when the same inputs give other numbers, or the dataset has another shape
 SAVE_SHARE = 0.03  # of the time may go into saving what a killed pass would lose
 CHUNK = 4096  # latents per piece on disk
 
@@ -109,9 +109,10 @@ def make_atlas(
         "config": config,
     }
     stage = Stage.open(root, f"atlas-{images.name}", inputs, version=VERSION)
-    ranks = join(backbone.device)
+    processes = join(backbone.device)
     stage.once(
-        lambda: _Pass(sae, backbone, images, config, stage, ranks).go(batch_size, workers, progress), ranks
+        lambda: _Pass(sae, backbone, images, config, stage, processes).go(batch_size, workers, progress),
+        processes,
     )
     return xr.open_zarr(stage.path / ATLAS, consolidated=False).load()
 
@@ -177,10 +178,10 @@ class _Pass:
         images: ImageSet,
         config: AtlasConfig,
         stage: Stage,
-        ranks: Ranks,
+        processes: Processes,
     ):
         self.sae, self.backbone, self.images, self.config = sae, backbone, images, config
-        self.stage, self.ranks = stage, ranks
+        self.stage, self.processes = stage, processes
         columns = token_columns(backbone, config.tokens)
         if config.include_prompt_tokens:
             columns = np.union1d(columns, np.flatnonzero(backbone.token_kind == "prompt"))
@@ -191,20 +192,20 @@ class _Pass:
         self.skipped: dict[str, str] = {}
 
     def go(self, batch_size: int, workers: int, progress: bool) -> None:
-        sums, own = self._accumulator(), self._part(self.ranks.rank)
+        sums, own = self._accumulator(), self._part(self.processes.rank)
         done = self._done()
         if own.exists():
             sums.load(own)
-        self.ranks.wait()  # nobody writes before all have read
+        self.processes.wait()  # nobody writes before all have read
         todo = np.flatnonzero(~done)
         batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
         cadence = Cadence(SAVE_SHARE)
-        for _ in self._add(sums, batches[self.ranks.rank :: self.ranks.world], workers, progress):
+        for _ in self._add(sums, batches[self.processes.rank :: self.processes.world], workers, progress):
             cadence.save(lambda: sums.save(own, skipped=self.skipped))
-        if self.ranks.world > 1 or self.skipped:  # or the result may be refused, and the work lost
+        if self.processes.world > 1 or self.skipped:  # or the result may be refused, and the work lost
             sums.save(own, skipped=self.skipped)
-        self.ranks.wait()
-        if self.ranks.first:
+        self.processes.wait()
+        if self.processes.first:
             self._finish(sums, own)
 
     def _accumulator(self) -> Accumulator:
@@ -234,7 +235,7 @@ class _Pass:
         source, backbone = _Readable(self.images, self.config.on_error), self.backbone
         bar = progress_bar(
             total=len(self.images), initial=sums.images, desc=f"atlas of {self.images.name}",
-            unit="image", shown=progress and self.ranks.first,
+            unit="image", shown=progress and self.processes.first,
         )  # fmt: skip
         with bar:
             for (pixels, good, bad), batch in zip(
@@ -246,7 +247,7 @@ class _Pass:
                     lists = latent_lists(self.sae, x.flatten(0, 1))
                     indices = np.array(good)
                     sums.update(lists, self.images.labels[indices], indices)
-                bar.update(len(batch) * (self.ranks.world if self.ranks.first else 1))
+                bar.update(len(batch) * (self.processes.world if self.processes.first else 1))
                 yield
 
     def _finish(self, sums: Accumulator, own: Path) -> None:
@@ -303,8 +304,8 @@ def to_dataset(sums: Accumulator, classnames: Sequence[str], kinds: Sequence[str
     value, label = sums.top_value.T, sums.top_label.T
     with np.errstate(invalid="ignore", divide="ignore"):
         latent = {
-            "frequency": (sums.active_images / images, "share of images with an active token"),
-            "frequency_tau": (sums.tau_images / images, "share of images with a token above tau"),
+            "image_frequency": (sums.active_images / images, "share of images with an active token"),
+            "image_frequency_tau": (sums.tau_images / images, "share of images with a token above tau"),
             "token_frequency": (active / tokens.sum(), "share of tokens"),
             "mean_activation": (mass / sums.active_images, "image mean over active images"),
             "mean_token_activation": (sums.token_sum.sum(0) / active, "activation of active tokens"),

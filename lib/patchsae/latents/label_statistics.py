@@ -57,7 +57,7 @@ def pick_regions(atlas: xr.Dataset) -> dict[str, int]:
     and strong with the lowest. Ties go to the lower number; a region without latents is left out.
     """
     full = (atlas.top_index.values >= 0).all(0)
-    frequency, mean, spread = (atlas[v].values for v in ("frequency", "mean_activation", "entropy"))
+    frequency, mean, spread = (atlas[v].values for v in ("image_frequency", "mean_activation", "entropy"))
     if not full.any():
         raise PatchSAEError(
             "no latent has a full set of reference images; take the atlas over more images."
@@ -132,7 +132,7 @@ def pick_typical(atlases: Sequence[xr.Dataset], least: float = 0.1) -> list[int]
         lift = np.where(share.sum(0) > 0, share / share.mean(0), 0.0)
     picked: list[int] = []
     for atlas, row in zip(atlases, lift, strict=True):
-        frequency = atlas.frequency.values.copy()
+        frequency = atlas.image_frequency.values.copy()
         frequency[picked] = -1
         score = np.where(frequency >= least, row, -np.inf)
         picked.append(int(score.argmax() if np.isfinite(score).any() else frequency.argmax()))

@@ -18,7 +18,7 @@ from patchsae.sae.model import SAE
 from patchsae.sae.step import latent_lists
 
 
-class Mode(StrEnum):
+class Upsampling(StrEnum):
     """How a patch map is enlarged to the image."""
 
     NEAREST = "nearest"  # every pixel has its patch's value: the paper's masks
@@ -129,20 +129,22 @@ def mass_inside(found: Fired, cover: Tensor, latents: int) -> Mass:
     return Mass(*(np.bincount(latent, weight, latents) for weight in weights))
 
 
-def upsample(patch_map: Tensor, grid: tuple[int, int], size: int, mode: Mode = Mode.NEAREST) -> np.ndarray:
+def upsample(
+    patch_map: Tensor, grid: tuple[int, int], size: int, mode: Upsampling = Upsampling.NEAREST
+) -> np.ndarray:
     """Enlarge a patch map [P] to the image: float32 [size, size]."""
     rows, columns = grid_of(len(patch_map), grid)
     table = patch_map.float().cpu().view(1, 1, rows, columns)
-    if mode == Mode.NEAREST:
+    if mode == Upsampling.NEAREST:
         return table[0, 0].numpy()[patch_of(size, rows)][:, patch_of(size, columns)]
-    return F.interpolate(table, (size, size), mode=Mode(mode), align_corners=False)[0, 0].numpy()
+    return F.interpolate(table, (size, size), mode=Upsampling(mode), align_corners=False)[0, 0].numpy()
 
 
 def soft_mask(
     patch_map: Tensor,
     grid: tuple[int, int],
     size: int,
-    mode: Mode = Mode.NEAREST,
+    mode: Upsampling = Upsampling.NEAREST,
     peak: float | None = None,
 ) -> np.ndarray:
     """Turn a patch map [P] into a mask over the image, float32 [size, size] in 0..1.
@@ -165,7 +167,7 @@ def masked_images(
     backbone: Backbone,
     images: Tensor,
     latent: int,
-    mode: Mode = Mode.NEAREST,
+    mode: Upsampling = Upsampling.NEAREST,
     common_peak: bool = True,
 ) -> list[np.ndarray]:
     """Render images uint8 [B, 3, H, W] with one latent's masks, as uint8 [H, W, 3].

@@ -26,8 +26,8 @@ from patchsae.runs.checks import check_counts
 from patchsae.runs.disk import storing
 from patchsae.runs.errors import PatchSAEError, choose
 from patchsae.runs.intervals import bootstrap
+from patchsae.runs.processes import Processes, join
 from patchsae.runs.progress import progress_bar
-from patchsae.runs.ranks import Ranks, join
 from patchsae.runs.stage import Stage
 from patchsae.runs.tensors import load_tensors, save_tensors
 from patchsae.runs.threads import spread
@@ -206,15 +206,15 @@ def sweep(
         "config": config,
     }
     name = f"masking-{images.name.replace('/', '-')}"
-    stage, ranks = Stage.open(root, name, inputs, version=VERSION), join(backbone.device)
+    stage, processes = Stage.open(root, name, inputs, version=VERSION), join(backbone.device)
 
     def make() -> None:
-        _run(masker, images, stage, ranks, batch_size, progress)
-        ranks.wait()
-        if ranks.first:
+        _run(masker, images, stage, processes, batch_size, progress)
+        processes.wait()
+        if processes.first:
             _finish(masker, images, atlas, stage)
 
-    stage.once(make, ranks)
+    stage.once(make, processes)
     return xr.open_zarr(stage.path / RESULT, consolidated=False).load()
 
 
@@ -256,24 +256,24 @@ def read_chunk(path: Path, of: str) -> dict[str, np.ndarray]:
 
 
 def _run(
-    masker: Masker, images: ImageSet, stage: Stage, ranks: Ranks, batch_size: int, progress: bool
+    masker: Masker, images: ImageSet, stage: Stage, processes: Processes, batch_size: int, progress: bool
 ) -> None:
     """Write this process's share of the chunks that are not there yet."""
     missing = [(path, indices) for path, indices in chunks(images, stage).items() if not path.exists()]
-    ranks.wait()  # nobody writes before all have looked
+    processes.wait()  # nobody writes before all have looked
     bar = progress_bar(
         total=len(images), initial=max(0, len(images) - len(missing) * CHUNK_IMAGES),
-        desc=f"masks on {images.name}", unit="image", shown=progress and ranks.first,
+        desc=f"masks on {images.name}", unit="image", shown=progress and processes.first,
     )  # fmt: skip
     with bar:
-        for path, indices in missing[ranks.rank :: ranks.world]:
+        for path, indices in missing[processes.rank :: processes.world]:
             parts = []
             for first in range(0, len(indices), batch_size):
                 batch = images.load(indices[first : first + batch_size])
                 parts.append(_judge(*masker.logits(batch.images, batch.labels), batch.labels))
             arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
             write_chunk(path, arrays)
-            bar.update(len(indices) * ranks.world)
+            bar.update(len(indices) * processes.world)
 
 
 def _judge(plain: Tensor, masked: Tensor, labels: Tensor) -> dict[str, np.ndarray]:

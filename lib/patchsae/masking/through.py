@@ -33,7 +33,7 @@ class Reconstruction(NamedTuple):
     """Mean cosine of x and x̂."""
     l0: float
     """Mean number of active latents per token."""
-    l1: float
+    l1_norm: float
     """Mean sum of latents per token."""
     dead_share: float
     """Share of latents that fire on no token of the set."""
@@ -93,7 +93,7 @@ def reconstruction(
     if not len(images):
         raise PatchSAEError(f"'{images.name}' has no images to measure on; give others.")
     columns = torch.from_numpy(token_columns(backbone, tokens)).to(backbone.device)
-    n, mse, cosine, l0, l1, error = 0, 0.0, 0.0, 0.0, 0.0, 0.0
+    n, mse, cosine, l0, l1_norm, error = 0, 0.0, 0.0, 0.0, 0.0, 0.0
     total = torch.zeros(sae.d_in, dtype=torch.float64, device=backbone.device)
     square = 0.0
     fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=backbone.device)
@@ -107,14 +107,14 @@ def reconstruction(
         mse += (gap.mean(-1) / x.norm(dim=-1)).sum().item()
         cosine += torch.cosine_similarity(x, x_hat, dim=-1).sum().item()
         l0 += (f > 0).sum().item()
-        l1 += f.sum(dtype=torch.float64).item()
+        l1_norm += f.sum(dtype=torch.float64).item()
         error += gap.sum(dtype=torch.float64).item()
         total += x.double().sum(0)
         square += x.double().square().sum().item()
         fired |= (f > 0).any(0)
     spread = square - (total.square().sum() / n).item()
     dead = 1 - fired.float().mean().item()
-    return Reconstruction(mse / n, error / spread, cosine / n, l0 / n, l1 / n, dead, n)
+    return Reconstruction(mse / n, error / spread, cosine / n, l0 / n, l1_norm / n, dead, n)
 
 
 def through_sae(sae: SAE, backbone: Backbone, tokens: Tokens = Tokens.ALL) -> Edit:

@@ -154,7 +154,7 @@ def git_commit() -> str | None:
 
 
 class Processes(Protocol):
-    """What a stage asks of the processes that work together (`ranks.Ranks`)."""
+    """What a stage asks of the processes that work together (`processes.Processes`)."""
 
     @property
     def first(self) -> bool: ...
@@ -216,24 +216,24 @@ class Stage:
                         partial.unlink()
             yield
 
-    def once(self, make: Callable[[], object], ranks: Processes | None = None) -> Path:
+    def once(self, make: Callable[[], object], processes: Processes | None = None) -> Path:
         """Call `make`, which ends in `finish`, unless the result is here; return the folder.
 
         Of several processes on this machine one makes it and the others wait. Those of one torchrun
-        (`ranks`) make it together.
+        (`processes`) make it together.
 
         Raises
         ------
         PatchSAEError : a finished result has lost a file, or a part of one, as an incomplete copy has.
         """
-        agree = ranks.agree if ranks else bool
+        agree = processes.agree if processes else bool
         if not agree(self.done):
-            with self.alone() if ranks is None or ranks.first else contextlib.nullcontext():
+            with self.alone() if processes is None or processes.first else contextlib.nullcontext():
                 if not agree(self.done):  # another process may have finished it meanwhile
                     self._tell_of_old()
                     make()
-                if ranks:
-                    ranks.wait()
+                if processes:
+                    processes.wait()
         self.check()
         return self.path
 

@@ -22,7 +22,7 @@ from patchsae.runs.restricted_pickle import StandIn, plain_names, read_pickle
 from patchsae.sae.model import CONFIG
 
 
-class Source(StrEnum):
+class Project(StrEnum):
     """Whose layout a checkpoint has."""
 
     PATCHSAE = "patchsae"  # the authors' .pt with cfg and state_dict; Fry's are alike
@@ -36,31 +36,35 @@ class Source(StrEnum):
 class Checkpoint(NamedTuple):
     """A source's file as read, before it is given a meaning."""
 
-    source: Source
+    source: Project
     file: Path
     config: Mapping[str, Any]
     state: Mapping[str, Tensor]
 
 
 SAELENS_CONFIG, SAELENS_WEIGHTS = "cfg.json", "sae_weights.safetensors"
-SAFETENSORS = {Source.SAELENS: SAELENS_WEIGHTS, Source.SPARSIFY: "sae.safetensors"}
+SAFETENSORS = {Project.SAELENS: SAELENS_WEIGHTS, Project.SPARSIFY: "sae.safetensors"}
 REQUIRED = object()
 
 Layout = Mapping[str, tuple[str, tuple[str, ...]]]  # our tensor: its name and dimensions in the source
 
 
-def open_checkpoint(path: Path, source: Source | str | None = None) -> Checkpoint:
+def open_checkpoint(path: Path, source: Project | str | None = None) -> Checkpoint:
     """Read a file or folder as some project publishes it; its own marks say which, or `source` does."""
     if not path.exists():
         raise PatchSAEError(f"There is no {path.absolute()}: correct the path.")
     found = _open(path, source)
-    pickled = {Source.PATCHSAE, Source.PRISMA, Source.DICTIONARY_LEARNING}  # one container, told by content
+    pickled = {
+        Project.PATCHSAE,
+        Project.PRISMA,
+        Project.DICTIONARY_LEARNING,
+    }  # one container, told by content
     if source not in (None, found.source) and not {source, found.source} <= pickled:
         raise PatchSAEError(f"{path} has the layout of {found.source}, not of {source}: name that source.")
-    return found._replace(source=Source(source or found.source), state=plain_names(found.state))
+    return found._replace(source=Project(source or found.source), state=plain_names(found.state))
 
 
-def _open(path: Path, source: Source | str | None) -> Checkpoint:
+def _open(path: Path, source: Project | str | None) -> Checkpoint:
     if path.is_dir() or path.suffix in (".safetensors", ".json"):
         folder = path if path.is_dir() else path.parent
         if (folder / CONFIG).is_file() and not (folder / SAELENS_CONFIG).is_file():
@@ -78,7 +82,7 @@ def _open(path: Path, source: Source | str | None) -> Checkpoint:
         line = stream.readline(1 << 20) if stream.read(1) == b"{" else b""
     if line:
         header = _parse_json(path, b"{" + line)
-        return Checkpoint(Source.SAEV, path, header, _mapping(path, read_pickle(path, 1 + len(line))))
+        return Checkpoint(Project.SAEV, path, header, _mapping(path, read_pickle(path, 1 + len(line))))
     return _open_pickled(path)
 
 
@@ -92,7 +96,7 @@ def _open_pickled(path: Path) -> Checkpoint:
         prisma = "activation_fn_str" in config
         if prisma and beside.is_file():  # as Prisma does: the file beside is the corrected one
             config = read_json(beside)
-        kind = Source.PRISMA if prisma else Source.PATCHSAE
+        kind = Project.PRISMA if prisma else Project.PATCHSAE
         return Checkpoint(kind, path, config, _mapping(path, content["state_dict"]))
     if not beside.is_file():
         raise PatchSAEError(
@@ -100,7 +104,7 @@ def _open_pickled(path: Path) -> Checkpoint:
             "in one folder."
         )
     config = read_json(beside)
-    kind = Source.DICTIONARY_LEARNING if "trainer" in config else Source.PRISMA
+    kind = Project.DICTIONARY_LEARNING if "trainer" in config else Project.PRISMA
     return Checkpoint(kind, path, config, content)
 
 
@@ -113,7 +117,7 @@ def _only_checkpoint(folder: Path) -> Path:
         raise PatchSAEError(f"{folder} holds {len(found)} checkpoints ({names}): name one of the files.")
     nested = sorted({file.parent.name for file in folder.glob("*/*.safetensors")})
     hint = f"name one of its folders ({', '.join(nested[:5])})" if nested else "give the folder of one SAE"
-    raise PatchSAEError(f"{folder} holds no SAE of a known layout ({', '.join(Source)}): {hint}.")
+    raise PatchSAEError(f"{folder} holds no SAE of a known layout ({', '.join(Project)}): {hint}.")
 
 
 def read_json(path: Path) -> dict[str, Any]:

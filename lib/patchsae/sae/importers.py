@@ -24,7 +24,7 @@ from patchsae.sae.foreign import (
     SAELENS_WEIGHTS,
     Checkpoint,
     Layout,
-    Source,
+    Project,
     choose,
     inner,
     number,
@@ -70,7 +70,7 @@ NORMS = {
 }
 
 
-def import_sae(path: str | Path, source: Source | str | None = None) -> SAE:
+def import_sae(path: str | Path, source: Project | str | None = None) -> SAE:
     """Read another project's SAE, a file or a folder as that project publishes it.
 
     `source` says whose it is; by default it is recognised. Weights become float32. Run `check_import` on
@@ -82,8 +82,8 @@ def import_sae(path: str | Path, source: Source | str | None = None) -> SAE:
         would run code, has weights that are not finite, or describes an SAE that this project cannot
         express.
     """
-    if source is not None and source not in list(Source):
-        raise PatchSAEError(f"source='{source}' is unknown; choose one of {', '.join(Source)}.")
+    if source is not None and source not in list(Project):
+        raise PatchSAEError(f"source='{source}' is unknown; choose one of {', '.join(Project)}.")
     try:
         checkpoint = open_checkpoint(Path(path), source)
         sae = READERS[checkpoint.source](checkpoint)
@@ -284,13 +284,13 @@ def _with_threshold(c: Checkpoint, layout: Layout) -> SAE:
     return sae
 
 
-READERS: dict[Source, Callable[[Checkpoint], SAE]] = {
-    Source.PATCHSAE: _patchsae,
-    Source.SAELENS: _saelens,
-    Source.SAEV: _saev,
-    Source.SPARSIFY: _sparsify,
-    Source.PRISMA: _prisma,
-    Source.DICTIONARY_LEARNING: _dictionary_learning,
+READERS: dict[Project, Callable[[Checkpoint], SAE]] = {
+    Project.PATCHSAE: _patchsae,
+    Project.SAELENS: _saelens,
+    Project.SAEV: _saev,
+    Project.SPARSIFY: _sparsify,
+    Project.PRISMA: _prisma,
+    Project.DICTIONARY_LEARNING: _dictionary_learning,
 }
 
 

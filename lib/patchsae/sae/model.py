@@ -25,7 +25,7 @@ class Losses(NamedTuple):
 
     total: Tensor  # []
     reconstruction: Tensor  # []
-    l1: Tensor  # [] already multiplied by λ
+    l1_loss: Tensor  # [] already multiplied by λ
     ghost: Tensor  # []
     latents: Tensor  # [N, d_sae]
     output: Tensor  # [N, d_in]
@@ -151,11 +151,11 @@ class SAE(nn.Module):
         x_hat = self.decode(f, x)  # [N, d_in]
         error = self.weighted_error(x_hat, x, is_cls)  # [N, d_in]
         reconstruction = self._average(error)
-        l1 = self.l1 * f.sum(-1).mean()
+        l1_loss = self.l1 * f.sum(-1).mean()
         ghost = x.new_zeros(())
         if self.config.ghost and dead is not None and bool(dead.any()):
             ghost = self._ghost(x - x_hat, z[:, dead], error, self.W_dec[dead])
-        return Losses(reconstruction + l1 + ghost, reconstruction, l1, ghost, f, x_hat)
+        return Losses(reconstruction + l1_loss + ghost, reconstruction, l1_loss, ghost, f, x_hat)
 
     def error(self, x_hat: Tensor, x: Tensor) -> Tensor:
         """Compute R before any mean: [N, d_in]."""

@@ -41,12 +41,12 @@ class Step(NamedTuple):
     """What one optimiser step saw."""
 
     reconstruction: float
-    l1: float
+    l1_loss: float
     """Already multiplied by λ."""
     ghost: float
     l0: float
     """Mean number of active latents per token."""
-    activation: float
+    l1_norm: float
     """Mean sum of latents per token: what λ multiplies."""
     fired: Tensor
     """Which latents were active on any token: bool [d_sae]."""
@@ -152,7 +152,7 @@ class Stepper:
         out.total.backward()
         self.sae.track_threshold(out.latents)
         active = out.latents.detach() > 0
-        terms = (value.item() for value in (out.reconstruction, out.l1, out.ghost))
+        terms = (value.item() for value in (out.reconstruction, out.l1_loss, out.ghost))
         total = out.latents.detach().sum().item()
         counts = active.sum().item() / len(x), total / len(x)
         return Step(*terms, *counts, active.any(0), out.output.detach())
@@ -171,9 +171,9 @@ class Stepper:
         if config.ghost and dead is not None and bool(dead.any()):
             with self._timed("ghost"):
                 ghost_loss, ghost = ghost_gradients(sae, x, done.output, dead, is_cls)
-        l0, activation = done.active / len(x), done.total / len(x)
-        terms = done.loss, sae.l1 * activation, ghost_loss
-        return Step(*terms, l0, activation, done.fired, done.output), done, ghost
+        l0, l1_norm = done.active / len(x), done.total / len(x)
+        terms = done.loss, sae.l1 * l1_norm, ghost_loss
+        return Step(*terms, l0, l1_norm, done.fired, done.output), done, ghost
 
     @torch.no_grad()
     def _update(self, done: Pass, ghost: GhostRows | None, lr: float) -> None:

@@ -24,8 +24,8 @@ from patchsae.images.loading import Pixels, Source, read_batches
 from patchsae.images.sets import ImageSet
 from patchsae.runs.checks import check_counts
 from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.processes import Processes
 from patchsae.runs.progress import progress_bar
-from patchsae.runs.ranks import Ranks
 from patchsae.runs.stage import Stage, write_atomic
 from patchsae.runs.tensors import row_sums
 
@@ -81,7 +81,7 @@ class Activations:
         cache: str | Path = "",
         image_batch: int = 64,
         workers: int = 0,
-        ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
+        processes: Processes = Processes(),  # noqa: B008  (immutable)
         progress: bool = False,
     ):
         check_counts(image_batch=image_batch)
@@ -90,7 +90,7 @@ class Activations:
         self.columns = token_columns(backbone, tokens)
         self.source: Source = Pixels(images)
         if cache:
-            self.source = self._shards(Path(cache), image_batch, ranks, progress)
+            self.source = self._shards(Path(cache), image_batch, processes, progress)
 
     @property
     def tokens(self) -> int:
@@ -119,7 +119,7 @@ class Activations:
             )
         return x
 
-    def _shards(self, root: Path, image_batch: int, ranks: Ranks, progress: bool) -> Shards:
+    def _shards(self, root: Path, image_batch: int, processes: Processes, progress: bool) -> Shards:
         shape = (len(self.images), self.tokens, self.backbone.d_model)
         inputs = {
             "images": self.images.fingerprint(),
@@ -131,17 +131,19 @@ class Activations:
         stage = Stage.open(root, "activations", inputs, version=VERSION)
         shards = Shards(stage.path, self.images.name, shape)
         # a finished cache is looked through too: a copy of it may have lost or cut a file
-        if ranks.agree(stage.done and all(map(shards.whole, range(len(shards))))):
+        if processes.agree(stage.done and all(map(shards.whole, range(len(shards))))):
             return shards
-        with stage.alone() if ranks.first else nullcontext():
-            ranks.wait()
-            missing = [n for n in range(ranks.rank, len(shards), ranks.world) if not shards.whole(n)]
+        with stage.alone() if processes.first else nullcontext():
+            processes.wait()
+            missing = [
+                n for n in range(processes.rank, len(shards), processes.world) if not shards.whole(n)
+            ]
             if missing:
                 self.images.check_readable([i for number in missing for i in shards.images(number)])
-                _check_space(stage.path, shards.bytes * len(missing) * ranks.world // len(shards))
-                self._fill(shards, missing, image_batch, progress and ranks.first)
-            ranks.wait()
-            if ranks.first:
+                _check_space(stage.path, shards.bytes * len(missing) * processes.world // len(shards))
+                self._fill(shards, missing, image_batch, progress and processes.first)
+            processes.wait()
+            if processes.first:
                 # every row has a sum of its own: to hash hundreds of gigabytes again would take minutes
                 stage.finish(bytes=shards.bytes)
         return shards

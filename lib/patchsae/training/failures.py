@@ -38,7 +38,7 @@ def not_finite(
     order = np.argsort(-length, kind="stable") if len(length) else []
     names = list(dict.fromkeys(str(images[i]) for i in order))
     seen = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
-    parts = f"reconstruction {step.reconstruction:.3g}, L1 {step.l1:.3g}, ghost {step.ghost:.3g}"
+    parts = f"reconstruction {step.reconstruction:.3g}, L1 {step.l1_loss:.3g}, ghost {step.ghost:.3g}"
     return PatchSAEError(
         f"the loss is not finite at step {number} ({parts}), on tokens of the images {seen or '(none)'}, "
         f"longest first: {_likely(step, length, names, settings)}; nothing of that step is kept, and an "
@@ -50,8 +50,8 @@ def _likely(step: Step, length: np.ndarray, names: list[str], settings: dict[str
     middle = float(np.median(length)) if len(length) else 0.0
     if middle and length.max() > OUTLYING * middle:
         return f"a token of {names[0]} is {length.max() / middle:.3g} times the median, so look there"
-    if math.isfinite(step.reconstruction + step.l1):
+    if math.isfinite(step.reconstruction + step.l1_loss):
         return f"use ghost=False rather than {settings['ghost']}, as the ghost term alone is not"
-    heavy = math.isfinite(step.reconstruction) and not step.l1 <= HEAVY * abs(step.reconstruction)
+    heavy = math.isfinite(step.reconstruction) and not step.l1_loss <= HEAVY * abs(step.reconstruction)
     name = "l1" if heavy else "lr"
     return f"use a smaller {name} than {settings[name]}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from patchsae.runs.errors import PatchSAEError
-from patchsae.runs.ranks import Ranks
+from patchsae.runs.processes import Processes
 from patchsae.sae.model import SAE
 from patchsae.training.stream import TokenStream
 
@@ -35,10 +35,15 @@ class BiasInit(StrEnum):
 
 
 @torch.no_grad()
-def set_start(sae: SAE, stream: TokenStream, config: TrainConfig, ranks: Ranks = Ranks()) -> None:  # noqa: B008
+def set_start(
+    sae: SAE,
+    stream: TokenStream,
+    config: TrainConfig,
+    processes: Processes = Processes(),  # noqa: B008  (immutable)
+) -> None:
     """Give an SAE that was just made the decoder bias and the rows that a run on this stream starts at."""
     from_data = config.start is Start.DATA
-    if ranks.first and (from_data or config.b_dec_init is not BiasInit.ZEROS):
+    if processes.first and (from_data or config.b_dec_init is not BiasInit.ZEROS):
         images = math.ceil(config.bias_tokens / stream.activations.tokens)
         if config.b_dec_init is BiasInit.GEOMETRIC_MEDIAN_IMAGES:
             images = config.bias_images
@@ -47,9 +52,9 @@ def set_start(sae: SAE, stream: TokenStream, config: TrainConfig, ranks: Ranks =
         if from_data:
             rows = initial_rows(tokens, sae.b_dec, sae.d_sae, config.seed)
             sae.W_dec[: len(rows)] = rows  # more latents than tokens: the others stay as drawn
-    ranks.share(sae.b_dec.data)
+    processes.share(sae.b_dec.data)
     if from_data:
-        ranks.share(sae.W_dec.data)
+        processes.share(sae.W_dec.data)
         sae.W_enc.copy_(sae.W_dec)
 
 

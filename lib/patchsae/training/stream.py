@@ -28,7 +28,7 @@ from torch import Tensor
 from patchsae.clip.backbone import Backbone
 from patchsae.images.sets import ImageSet
 from patchsae.runs.errors import PatchSAEError, choose
-from patchsae.runs.ranks import Ranks
+from patchsae.runs.processes import Processes
 from patchsae.training.activations import Activations, Tokens
 
 
@@ -102,22 +102,22 @@ class TokenStream:
         images: ImageSet,
         backbone: Backbone,
         config: StreamConfig,
-        ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
+        processes: Processes = Processes(),  # noqa: B008  (immutable)
         progress: bool = False,
     ):
         if len(images) == 0:
             raise PatchSAEError(f"image set '{images.name}' is empty; nothing to train on.")
-        if config.lanes % ranks.world:
+        if config.lanes % processes.world:
             raise PatchSAEError(
-                f"lanes={config.lanes} cannot be dealt evenly to {ranks.world} processes; "
+                f"lanes={config.lanes} cannot be dealt evenly to {processes.world} processes; "
                 f"start as many as divide {config.lanes}."
             )
         self.images, self.config = images, config
         self.activations = Activations(
             images, backbone, config.tokens, cache=Path(config.cache) if config.cache else "",
-            image_batch=config.image_batch, workers=config.workers, ranks=ranks, progress=progress,
+            image_batch=config.image_batch, workers=config.workers, processes=processes, progress=progress,
         )  # fmt: skip
-        self.lanes = range(ranks.rank, config.lanes, ranks.world)
+        self.lanes = range(processes.rank, config.lanes, processes.world)
         self.device = backbone.device
         kind = torch.from_numpy(backbone.token_kind == "cls")[self.activations.columns]
         self._is_cls = kind.to(self.device)  # [T]

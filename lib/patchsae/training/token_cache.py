@@ -13,7 +13,7 @@ from torch import Tensor
 from patchsae.clip.backbone import Backbone
 from patchsae.images.sets import Batch, ImageSet, short_hash
 from patchsae.runs.errors import PatchSAEError
-from patchsae.runs.ranks import Ranks
+from patchsae.runs.processes import Processes
 from patchsae.training.activations import SHARD_IMAGES, Activations, Tokens, token_columns
 
 
@@ -46,7 +46,7 @@ def fill(
 
     for cut, tokens in wanted:
         through = _Passed(images, passed, cut.block, token_columns(cut, tokens))
-        Activations(through, cut, tokens, cache=root, ranks=Ranks(part, parts))
+        Activations(through, cut, tokens, cache=root, processes=Processes(part, parts))
 
 
 def from_cache(

@@ -23,8 +23,8 @@ from patchsae.images.sets import ImageSet
 from patchsae.runs.cadence import Cadence
 from patchsae.runs.checks import check_weights
 from patchsae.runs.errors import PatchSAEError, choose
+from patchsae.runs.processes import Processes, join
 from patchsae.runs.progress import progress_bar
-from patchsae.runs.ranks import Ranks, join
 from patchsae.runs.stage import Stage, digest, versioned, write_atomic
 from patchsae.runs.tensors import load_tensors, save_tensors
 from patchsae.sae.model import CONFIG, SAE, WEIGHTS, SAEConfig
@@ -151,9 +151,11 @@ def train_sae(
             f"set d_in={backbone.d_model}."
         )
     inputs = training_inputs(images, backbone, sae_config, config)
-    stage, ranks = Stage.open(root, "sae", inputs, version=VERSION), join(backbone.device)
-    stage.once(lambda: _Run(images, backbone, sae_config, config, stage, ranks, progress).go(), ranks)
-    if ranks.first:
+    stage, processes = Stage.open(root, "sae", inputs, version=VERSION), join(backbone.device)
+    stage.once(
+        lambda: _Run(images, backbone, sae_config, config, stage, processes, progress).go(), processes
+    )
+    if processes.first:
         remove(stage.path / CHECKPOINT)
     return Trained(SAE.load(stage.path, backbone.device), read_metrics(stage.path), stage.path)
 
@@ -168,11 +170,16 @@ class _Run:
         sae_config: SAEConfig,
         config: TrainConfig,
         stage: Stage,
-        ranks: Ranks,
+        processes: Processes,
         progress: bool,
     ):
-        self.config, self.ranks, self.stage, self.progress = config, ranks, stage, progress and ranks.first
-        self.stream = TokenStream(images, backbone, config, ranks, self.progress)
+        self.config, self.processes, self.stage, self.progress = (
+            config,
+            processes,
+            stage,
+            progress and processes.first,
+        )
+        self.stream = TokenStream(images, backbone, config, processes, self.progress)
         self.sae = SAE(sae_config, seed=config.seed).to(backbone.device)
         self.silent = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=backbone.device)
         self.step = self.tokens_seen = 0
@@ -187,11 +194,11 @@ class _Run:
 
     @torch.enable_grad()  # whoever first needs an SAE may be in the middle of measuring
     def go(self) -> None:
-        if self.ranks.agree(self.checkpoint.exists()):
+        if self.processes.agree(self.checkpoint.exists()):
             self._restore()
         else:
             self.stream.check_readable()
-            set_start(self.sae, self.stream, self.config, ranks=self.ranks)
+            set_start(self.sae, self.stream, self.config, processes=self.processes)
             self.stepper = self._stepper()
         self._learn()
         if self.images_seen != self.config.images:
@@ -199,7 +206,7 @@ class _Run:
                 f"the run in {self.stage.path} saw {self.images_seen} of {self.config.images} images, so "
                 "it is not finished; delete that folder, then run again."
             )
-        if self.ranks.first:
+        if self.processes.first:
             self._check_weights()
             self.sae.save(self.stage.path)
             write_metrics(self.stage.path, self.metrics)
@@ -208,7 +215,7 @@ class _Run:
             )
 
     def _stepper(self) -> Stepper:
-        return Stepper(self.sae, self.config.execution, self.ranks.group)
+        return Stepper(self.sae, self.config.execution, self.processes.group)
 
     def _schedule(self) -> tuple[float, float]:
         """Return the next step's size, and its share of the L1 weight."""
@@ -221,7 +228,7 @@ class _Run:
 
     def _learn(self) -> None:
         config = self.config
-        log = _Log(config, self.stage.path, self.ranks, self.step, self.tokens_seen)
+        log = _Log(config, self.stage.path, self.processes, self.step, self.tokens_seen)
         bar = progress_bar(
             total=config.images,
             initial=self.images_seen,
@@ -247,12 +254,12 @@ class _Run:
                     row = log.row(counts, batch, step, dead, rate)
                     self.metrics.append(row)
                     bar.set_postfix({k: f"{row[k]:.3g}" for k in ("fvu", "l0", "dead_share")})
-                if self.ranks.first:
+                if self.processes.first:
                     cadence.save(self._save)
 
     def _check(self, step: Step, batch: TokenBatch) -> None:
         """Refuse a step whose loss is not finite; `position` is still that of its batch."""
-        if not math.isfinite(step.reconstruction + step.l1 + step.ghost):
+        if not math.isfinite(step.reconstruction + step.l1_loss + step.ghost):
             names = [self.stream.images.key(i) for i in self.stream.images_at(self.position)]
             settings = {"lr": self.config.lr, "l1": self.sae.config.l1, "ghost": self.sae.config.ghost}
             raise not_finite(step, self.step, batch.x, names, settings, self.stage.path)
@@ -314,10 +321,10 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 class _Log:
     """Measure the steps that are logged: rows of the metrics table, and TensorBoard if asked."""
 
-    def __init__(self, config: TrainConfig, folder: Path, ranks: Ranks, step: int, tokens: int):
-        self.ranks, self.tokens, self.time = ranks, tokens, time.perf_counter()
+    def __init__(self, config: TrainConfig, folder: Path, processes: Processes, step: int, tokens: int):
+        self.processes, self.tokens, self.time = processes, tokens, time.perf_counter()
         self.writer = None
-        if config.tensorboard and ranks.first:
+        if config.tensorboard and processes.first:
             # what a killed run wrote after its checkpoint is purged
             self.writer = _tensorboard()(folder / "tensorboard", purge_step=step + 1)
 
@@ -330,7 +337,7 @@ class _Log:
         mse = gap.mean(-1) / x.norm(dim=-1).clamp(min=1e-8)
         cosine = torch.cosine_similarity(x, step.output, dim=-1)
         sums = [value.double().sum() for value in (mse, cosine, gap, x.double().square())]
-        sums = self.ranks.sum(torch.cat([torch.stack(sums), x.double().sum(0)]))
+        sums = self.processes.sum(torch.cat([torch.stack(sums), x.double().sum(0)]))
         mse, cosine, error, square = sums[:4].tolist()
         spread = square - sums[4:].square().sum().item() / batch.tokens
         now = time.perf_counter()
@@ -339,7 +346,7 @@ class _Log:
             "fvu": error / spread if spread > 0 else math.nan,
             "cosine": cosine / batch.tokens,
             "l0": step.l0,
-            "l1": step.activation,
+            "l1_norm": step.l1_norm,
             "ghost": step.ghost,
             "dead_share": dead.float().mean().item(),
             "lr": lr,

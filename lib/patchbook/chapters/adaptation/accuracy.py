@@ -78,18 +78,18 @@ def gain_table(a: Adaptation) -> Table:
     return Table("What MaPLe gains in accuracy.", rows, ("data set",))
 
 
-def seed_table(a: Adaptation, images: int) -> Table | None:
-    """Return accuracy on base classes of prompts learned with several seeds; None where there are none."""
+def seed_table(a: Adaptation, prompt_seed: int) -> Table | None:
+    """Return accuracy of prompts learned with several seeds on Table 1's images; None without them."""
     rows, seed = {}, a.run.seed
     for name, t in a.tasks.items():
-        others = {n: model for n in (1, 2, 3) if (model := a.prompts(name, n))}
-        if len(others) < 2:
+        others = [model for n in (1, 2, 3) if n != prompt_seed and (model := a.prompts(name, n))]
+        if not others:
             continue
         about = t.halves["base"]
-        test, start = a.run.few(about.part.test, images), untrained_text(a, t, about)
-        before, untrained = hits(a.run.backbone, test, t.texts[0][about.keep], start)
-        named = about.part.classnames
-        found = np.concatenate([hits(m, test, m.class_weights(named)) for m in others.values()])
+        test, named = about.test, about.part.classnames
+        before, known = (t.right("base", parts).astype(float) for parts in MODELS.values())
+        (untrained,) = hits(a.run.backbone, test, untrained_text(a, t, about))
+        found = np.stack([known, *(hits(m, test, m.class_weights(named))[0] for m in others)])
         rows[t.title] = {
             "test images": len(test),
             "CLIP": percent(bootstrap(before, seed)),

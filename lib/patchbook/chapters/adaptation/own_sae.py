@@ -31,10 +31,10 @@ class OwnSAEs(NamedTuple):
 
 
 def own_saes(
-    a: Adaptation, images: int, rank_images: int, half_images: int, sizes: Sequence[int],
+    a: Adaptation, images: int | None, rank_images: int, half_images: int, sizes: Sequence[int],
     include_prompt_tokens: bool,
 ) -> OwnSAEs:  # fmt: skip
-    """Train both on so many images and mask base classes of the first data set with each."""
+    """Train both on so many images (None: the scale's) and mask the first data set's base classes."""
     run, t = a.run, next(iter(a.tasks.values()))
     less = run.changes.train | ({"images": images} if images else {})
     models = {"CLIP": run.backbone, "MaPLe": t.model}

@@ -133,8 +133,8 @@ const span = (values) => values.reduce(([a, b], v) => [Math.min(a, v), Math.max(
 function drawScatter(canvas, { latents: l, chosen, colours, width }) {
   const height = Math.round(Math.max(width * 0.8, 250)), context = sized(canvas, width, height);
   const left = 44, right = width - 8, top = 30, bottom = height - 36;
-  const alive = [...l.frequency.keys()].filter((s) => l.frequency[s] > 0 && l.mean_activation[s] > 0);
-  const axes = ["frequency", "mean_activation"].map((k) => {
+  const alive = [...l.image_frequency.keys()].filter((s) => l.image_frequency[s] > 0 && l.mean_activation[s] > 0);
+  const axes = ["image_frequency", "mean_activation"].map((k) => {
     const [low, high] = span(alive.map((s) => Math.log10(l[k][s]))), rim = 0.04 * (high - low) || 1;
     return { log: (s) => Math.log10(l[k][s]), low: low - rim, high: high + rim };
   });

@@ -319,7 +319,7 @@ function render({ model, el }) {
 
   function drawStatistics() {
     const l = shown.latents, s = state.latent, tau = index.tau && Number(index.tau.toPrecision(3));
-    if (!l.frequency || s === null) return at("statistics").replaceChildren("There are no statistics of this latent.");
+    if (!l.image_frequency || s === null) return at("statistics").replaceChildren("There are no statistics of this latent.");
     const children = [statisticsTable(l, s, tau, ground)];
     if (l.left_out[s]) children.push(element("p", { class: "small" }, `Left out of the lists: f (${tau}) is above ${index.config.frequent}.`));
     at("statistics").replaceChildren(...children);
@@ -327,11 +327,11 @@ function render({ model, el }) {
 
   function showScatter(width) {
     const target = at("scatter"), latents = shown.latents;
-    target.hidden = !latents.frequency;
+    target.hidden = !latents.image_frequency;
     if (target.hidden) return;
     const nearest = drawScatter(target, { latents, chosen: state.latent, colours: colours(), width });
     tell(target, (event) => nearest(event.offsetX, event.offsetY), (s) =>
-      `f ${format(latents.frequency[s])}, a ${format(latents.mean_activation[s])}, e ${format(latents.entropy[s])}`);
+      `f ${format(latents.image_frequency[s])}, a ${format(latents.mean_activation[s])}, e ${format(latents.entropy[s])}`);
   }
 
   /** Show what each model answers, as it is and, if anything is changed, with the change. */

@@ -16,8 +16,8 @@ function ruleOfLists({ config, general, tau }, alone) {
 
 function statisticsTable(latents, s, tau, title) {
   const lines = [
-    ["frequency", "f", "activated frequency, share of images"],
-    ["frequency_tau", `f (${tau})`, `share of images with a token above ${tau}`],
+    ["image_frequency", "f", "activated frequency, share of images"],
+    ["image_frequency_tau", `f (${tau})`, `share of images with a token above ${tau}`],
     ["mean_activation", "a", "mean activation over active images"],
     ["entropy", "e", "label entropy, nat"], ["label_std", "σ", "standard deviation of the label"],
   ];

@@ -14,7 +14,7 @@ from torch import Tensor, distributed
 from patchsae.runs.errors import PatchSAEError
 
 
-class Ranks(NamedTuple):
+class Processes(NamedTuple):
     """This process among those that train together."""
 
     rank: int = 0
@@ -52,7 +52,7 @@ class Ranks(NamedTuple):
             distributed.barrier(group=self.group)
 
 
-def join(device: str | torch.device) -> Ranks:
+def join(device: str | torch.device) -> Processes:
     """Join the processes that torchrun started, or be alone.
 
     Raises
@@ -61,7 +61,7 @@ def join(device: str | torch.device) -> Ranks:
     """
     if not distributed.is_initialized():
         if _number("WORLD_SIZE", 1) < 2:
-            return Ranks()
+            return Processes()
         backend = "nccl" if torch.device(device).type == "cuda" else "gloo"
         try:
             distributed.init_process_group(backend)
@@ -72,7 +72,7 @@ def join(device: str | torch.device) -> Ranks:
             ) from error
     world = distributed.get_world_size()
     group = distributed.group.WORLD if world > 1 else None
-    return Ranks(distributed.get_rank(), world, group, str(device))
+    return Processes(distributed.get_rank(), world, group, str(device))
 
 
 def local_device(device: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tiny import CONFIG, tiny_backbone, tiny_images
 
-from patchsae.runs.ranks import join
+from patchsae.runs.processes import join
 from patchsae.sae.model import SAEConfig
 from patchsae.training.trainer import train_sae
 
@@ -30,9 +30,9 @@ def main(root: Path) -> None:
     resumed = train(root / "resumed")
     assert train(root / "two") == whole  # it is there: nobody waits for anybody
     cached = train(root / "cached", cache=str(root / "shards"))
-    ranks = join("cpu")
-    assert ranks.world == 2 and ranks.first == (ranks.rank == 0)
-    if ranks.first:
+    processes = join("cpu")
+    assert processes.world == 2 and processes.first == (processes.rank == 0)
+    if processes.first:
         print(whole, resumed, cached)
 
 
