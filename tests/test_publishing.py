@@ -91,3 +91,23 @@ def test_the_main_result_of_a_chapter_is_its_first_lesson(tmp_path):
     nbformat.write(new_notebook(cells=[new_code_cell("x")]), tmp_path / "02_two.ipynb")
     paths = sorted(tmp_path.glob("*.ipynb"))
     assert collect_lessons(paths) == [{"text": "First.", "cell": "01_one.ipynb#a"}]
+
+
+@pytest.mark.parametrize(
+    ("heading", "kept"),
+    [
+        ("(fig-1)=\n## First", ["Fig. 1"]),
+        ("(fig-10)=\n(fig-1b)=\n## Both", ["Fig. 1", "Fig. 10"]),
+        ("(truth)=\n## Beyond the paper", []),
+    ],
+)
+def test_a_figure_stands_for_the_items_of_its_section_alone(notebook, heading, kept):
+    path, source, book = notebook
+    executed = nbformat.read(path, 4)
+    executed.cells[0].source = heading
+    for output in executed.cells[1].outputs:
+        output.metadata[FIGURE]["items"] = ["Fig. 1", "Fig. 10"]
+    drawn = publish(executed, source, book)
+    assert [one["items"] for one in drawn] == [kept, kept]
+    html = nbformat.read(book / "notebooks" / "01_one.ipynb", 4).cells[1].outputs[0].data["text/html"]
+    assert (f"After the paper's {', '.join(kept)}." in html) is bool(kept)

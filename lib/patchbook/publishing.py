@@ -32,12 +32,12 @@ def publish(notebook: nbformat.NotebookNode, source: Path, book: Path) -> list[d
     A file that is there already and the same is left as it is. Returns what the figures are, in order, each
     with the address of its picture below the book's `_static` (`png`).
     """
-    folder, drawn, target = book / STATIC / source.stem, [], ""
+    folder, drawn, here = book / STATIC / source.stem, [], [""]
     counted: dict[str, int] = {}
     kept = set()
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            target = (targets(cell.source) or [target])[-1]
+            here = targets(cell.source) or here
             continue
         own = _of_cell(cell)
         for output in cell.get("outputs", ()):
@@ -45,6 +45,7 @@ def publish(notebook: nbformat.NotebookNode, source: Path, book: Path) -> list[d
             about = output.get("metadata", {}).get(FIGURE)
             if about is None:
                 continue
+            target = here[-1]
             near = target or "figure"
             counted[near] = counted.get(near, 0) + 1
             name = f"{near}-{counted[near]}" if counted[near] > 1 else near
@@ -55,7 +56,8 @@ def publish(notebook: nbformat.NotebookNode, source: Path, book: Path) -> list[d
                 _write(folder / f"{name}.{ending}", content)
                 kept.add(f"{name}.{ending}")
             said = dict(about) | own
-            shown = said | {"file": name, "target": target, "notebook": source.stem}
+            items = [item for item in about["items"] if any(_labels(one, item) for one in here)]
+            shown = said | {"items": items, "file": name, "target": target, "notebook": source.stem}
             data["text/html"] = figure_html(shown)
             data.pop("text/plain", None)
             drawn.append(shown | {"png": f"{STATIC}/{source.stem}/{name}.png"})
@@ -95,6 +97,11 @@ def figure_html(shown: Mapping[str, Any]) -> str:
         f"<figcaption>{html.escape(shown['caption'])} {after}"
         f'<span class="forms">{listed}</span></figcaption></figure>'
     )
+
+
+def _labels(target: str, item: str) -> bool:
+    """Tell whether a label, as `fig-5b`, is of the paper's item, as Fig. 5: one function draws several."""
+    return re.match(re.escape(item.lower().replace(". ", "-")) + r"(?!\d)", target) is not None
 
 
 def _name_corner(output: nbformat.NotebookNode) -> None:
