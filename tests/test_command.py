@@ -65,6 +65,13 @@ def test_nothing_heavy_is_loaded_before_a_command_runs():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_pictures_are_looked_for_before_a_model_is_fetched(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("patchsae.command._clip", lambda *_: pytest.fail("a model was asked for"))
+    for folder, told in ((tmp_path, "no images under"), (tmp_path / "none", "there is no folder")):
+        assert main(["explore", "--images", str(folder), "--out", str(tmp_path / "page.html")]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {told}")
+
+
 def test_this_projects_own_model_and_autoencoder_make_a_page_of_a_folder(tmp_path, capsys):
     for number in range(3):
         pixels = np.random.default_rng(number).integers(0, 256, (70, 90, 3), dtype=np.uint8)

@@ -132,6 +132,7 @@ def test_what_cannot_be_is_one_sentence(clip, photos, lens, tmp_path, monkeypatc
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     refused("could not be fetched from the Hugging Face hub", ps.load_sae, "hf:nobody/nothing-here", clip)
     one = ps.open_images(draw(tmp_path / "one", 1), clip)
+    refused("'one' has 1 picture, of which nothing can be learned: give at least 2", ps.train, clip, one)
     found = ps.describe(lens, one, tmp_path, progress=False)
     refused("latent=999 is none of the 128", ps.show, found, 999)
     silent = int(found.atlas.image_frequency.values.argmin())

@@ -109,6 +109,7 @@ def explore(
             f"--{name} is for training, but --sae gives a trained autoencoder: leave out one of the two."
         )
     page = page_path(out)  # before an hour of training
+    lens.look_for_images(images)
     clip = _clip(model, pretrained, block, device)
     pictures = lens.open_images(images, clip)
     if sae:

@@ -25,7 +25,14 @@ import torch.nn.functional as F
 import xarray as xr
 
 from patchsae.clip.backbone import Backbone
-from patchsae.images.files import FileImages, FolderImages, class_folders, files_by_class, files_in
+from patchsae.images.files import (
+    FileImages,
+    FolderImages,
+    Frame,
+    class_folders,
+    files_by_class,
+    files_in,
+)
 from patchsae.images.sets import ImageSet
 from patchsae.images.sources import is_source, open_source
 from patchsae.latents.atlas import AtlasConfig, make_atlas
@@ -91,8 +98,18 @@ def open_images(source: str | Path, clip: Backbone) -> ImageSet:
     ------
     PatchSAEError : the folder is missing, or holds no picture; as `open_source`.
     """
+    return _pictures(source, clip.frame)
+
+
+def look_for_images(source: str | Path) -> None:
+    """Refuse a folder that `open_images` would refuse, before a model is fetched for it."""
+    if not is_source(str(source)):
+        _pictures(source, 1)
+
+
+def _pictures(source: str | Path, frame: int | Frame) -> ImageSet:
     if is_source(str(source)):
-        return open_source(str(source), clip.frame)
+        return open_source(str(source), frame)
     folder = Path(source).expanduser()
     if not folder.is_dir():
         raise PatchSAEError(f"there is no folder '{folder}'; give one that holds pictures.")
@@ -103,8 +120,8 @@ def open_images(source: str | Path, clip: Backbone) -> ImageSet:
                 f"'{folder}' holds pictures and folders of pictures; put the former into a folder, too."
             )
         one = printable(folder.resolve().name)
-        return FileImages(folder, names, np.zeros(len(names), np.int64), (one,), clip.frame, one, "all")
-    return FolderImages(folder, clip.frame, split="all")
+        return FileImages(folder, names, np.zeros(len(names), np.int64), (one,), frame, one, "all")
+    return FolderImages(folder, frame, split="all")
 
 
 def train(
@@ -119,9 +136,14 @@ def train(
 
     Raises
     ------
-    PatchSAEError : a field that neither has, or a value that it refuses; as `train_sae`.
+    PatchSAEError : a field that neither has, or a value that it refuses; one image; as `train_sae`.
     """
     of_sae, of_run = _dealt("train", fields, SAEConfig, TrainConfig)
+    if len(images) < 2:
+        raise PatchSAEError(
+            f"'{images.name}' has {len(images)} picture, of which nothing can be learned: give at least 2, "
+            "better thousands, or an autoencoder that is trained (`load_sae`, --sae)."
+        )
     sae = SAEConfig(**{"d_in": clip.d_model} | of_sae)
     config = TrainConfig(**{"images": len(images)} | of_run)
     trained = train_sae(images, clip, sae, config, root, progress)

@@ -23,8 +23,8 @@ from patchsae.runs.stage import project_root
 from patchsae.sae.model import SAE
 from patchsae.training.trainer import Trained
 
-MEMORY = Remembered(300_000_000)
-"""What a chapter's models saw last, 3,000 images of the small CLIP, if it asks of the same ones again."""
+MEMORY = Remembered(450_000_000)
+"""What a chapter's models saw last, 4,500 images of the small CLIP, if it asks of the same ones again."""
 
 
 class Changes(NamedTuple):

@@ -196,7 +196,7 @@ class FolderImages(FileImages):
         names, labels = files_by_class(root, folders)
         if not names:
             raise PatchSAEError(
-                f"no images under '{root}': expected {root}/<class name>/*.jpg (or png, webp, ...)."
+                f"no images under '{root}': put jpg, png, webp, … files there, one folder per class."
             )
         if classnames is not None and len(classnames) != len(folders):
             raise PatchSAEError(
