@@ -153,7 +153,7 @@ def git_commit() -> str | None:
     return asked.stdout.strip() or None
 
 
-class Processes(Protocol):
+class Together(Protocol):
     """What a stage asks of the processes that work together (`processes.Processes`)."""
 
     @property
@@ -216,7 +216,7 @@ class Stage:
                         partial.unlink()
             yield
 
-    def once(self, make: Callable[[], object], processes: Processes | None = None) -> Path:
+    def once(self, make: Callable[[], object], processes: Together | None = None) -> Path:
         """Call `make`, which ends in `finish`, unless the result is here; return the folder.
 
         Of several processes on this machine one makes it and the others wait. Those of one torchrun
