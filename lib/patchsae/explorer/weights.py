@@ -1,8 +1,8 @@
 """The model itself as blocks of a page: towers, autoencoder, learned prompts and class vectors.
 
 The page computes what `answers` computes here, in a worker (static/worker.js and what stands before it).
-The image tower and the autoencoder are kept in half precision, learned prompts in single, and the text
-tower in the finest of `PRECISIONS` that leaves all files together within `LIMIT` bytes.
+The image tower and the autoencoder are kept in half precision, learned prompts in single; the text tower,
+which a page loads when words are typed, in the finest of `PRECISIONS` that is within `LIMIT` bytes.
 
 A file is an array of 16-bit units, its low and its high bytes deflated one after the other, cut into parts
 that are scripts in UTF-16. A unit that a script's text cannot hold is turned by TURN, after an ESCAPE.
@@ -35,7 +35,7 @@ STATIC = Path(__file__).parent / "static"
 WORKER = (
     "products.js", "unpacking.js", "transformer.js", "latentcode.js", "words.js", "framing.js", "worker.js",
 )  # fmt: skip
-LIMIT = 8_000_000  # bytes of all weights on disk
+LIMIT = 8_000_000  # bytes on disk of what a page loads at a time: image tower with autoencoder, text tower
 PART = 900_000  # units of a part: 1.8 MB
 PRECISIONS = (None, 8, 7, 6, 5.5, 5.25, 5, 4.75, 4.5, 4.25, 4)
 ESCAPE, TURN = 1, 0x4000
@@ -78,7 +78,7 @@ def write_model(
     try:
         text, facts["text"] = _text_side(clip)
         found = (_File("words", {**text, **words}, steps) for steps in PRECISIONS)
-        files += [next((one for one in found if one.bytes + tower.bytes <= LIMIT), None) or _too_large()]
+        files += [next((one for one in found if one.bytes <= LIMIT), None) or _too_large()]
     except _Unfit:
         facts["text"] = None
     facts["files"] = {file.kind: file.facts for file in files}
