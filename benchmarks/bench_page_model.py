@@ -1,7 +1,7 @@
 """The model in the page against torch on test images, and how long it takes there.
 
 Prints the share of images whose first class is torch's, with the book's classes and with typed ones, the
-largest relative difference of embeddings, and milliseconds in Chromium; run it on a machine that is idle.
+largest relative difference of embeddings, and milliseconds and memory in Chromium; run it on an idle machine.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from playwright.sync_api import sync_playwright
 
@@ -54,6 +55,7 @@ def main() -> None:
         print(why or entry)
         browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
         page = browser.new_page()
+        blank = renderers()
         page.goto(write_page(folder).as_uri())
         page.evaluate(LONG)
         asked, began = Asked(page), time.perf_counter()
@@ -88,7 +90,14 @@ def main() -> None:
         print(
             f"longest task of the main thread: {max(page.evaluate('() => window.long'), default=0):.0f} ms"
         )
+        print(f"memory of the page beside a blank one: {(renderers() - blank) / 1e6:.0f} MB")
         browser.close()
+
+
+def renderers() -> int:
+    """Return the bytes that Chromium's page processes hold for themselves alone."""
+    below = psutil.Process().children(recursive=True)
+    return sum(one.memory_full_info().uss for one in below if "--type=renderer" in one.cmdline())
 
 
 if __name__ == "__main__":
