@@ -31,12 +31,24 @@ class Goal(NamedTuple):
 
 def _of_purity(name: str, of: Callable[[Learned], Purity]) -> tuple[Goal, ...]:
     return (
-        Goal(f"top-10 purity ({name})", lambda m: of(m).mean, "≥ .5", lambda m: of(m).mean.value >= 0.5),
-        Goal(f"{name}: null", lambda m: of(m).null),
-        Goal(f"{name}: untrained", lambda m: of(m).untrained),
-        Goal(f"{name}: − untrained", lambda m: of(m).ahead, "above 0", lambda m: of(m).ahead.low > 0),
-        Goal(f"{name}: latents above .5", lambda m: of(m).half, "≥ .4", lambda m: of(m).half.value >= 0.4),
-        Goal(f"{name}: … − untrained", lambda m: of(m).half_ahead),
+        Goal(
+            f"purity of ten references ({name})",
+            lambda m: of(m).mean,
+            "≥ .5",
+            lambda m: of(m).mean.value >= 0.5,
+        ),
+        Goal(f"purity ({name}): null", lambda m: of(m).null),
+        Goal(f"purity ({name}): untrained", lambda m: of(m).untrained),
+        Goal(
+            f"purity ({name}): − untrained", lambda m: of(m).ahead, "above 0", lambda m: of(m).ahead.low > 0
+        ),
+        Goal(
+            f"purity ({name}): latents above .5",
+            lambda m: of(m).half,
+            "≥ .4",
+            lambda m: of(m).half.value >= 0.4,
+        ),
+        Goal(f"purity ({name}): … − untrained", lambda m: of(m).half_ahead),
     )
 
 
@@ -109,14 +121,15 @@ def written(found: Interval | float | None) -> str:
 
 
 def sentence(measured: Mapping[str, Learned]) -> str:
-    """Say which goals every SAE reaches, which only some, and which none."""
+    """Say how many goals every SAE reaches, and list those that only some or none reach."""
     rows = [row for row in table(measured) if row["reached"]]
-    parts = []
-    for start, wanted in (("Reached by every SAE", "yes"), ("Reached by none", "no")):
-        found = [f"{row['what']} ({row['goal']})" for row in rows if row["reached"] == wanted]
-        parts.append(f"**{start}**: {'; '.join(found) or 'nothing'}.")
-    some = [f"{r['what']} ({r['reached']})" for r in rows if r["reached"] not in ("yes", "no")]
-    return " ".join(parts + ([f"**Reached by some**: {'; '.join(some)}."] if some else []))
+    missed = [row for row in rows if row["reached"] != "yes"]
+    lines = [f"**{len(rows) - len(missed)} of {len(rows)} goals are reached by every autoencoder** below."]
+    for row in missed:
+        values = " and ".join(row[name].split(" [")[0] for name in measured if row[name])
+        who = "" if row["reached"] == "no" else f", reached by {row['reached']} alone"
+        lines.append(f"* Not reached: {row['what']}, {values} (goal {row['goal']}{who}).")
+    return "\n\n".join(lines[:1] + ["\n".join(lines[1:])] * bool(missed))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
