@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
@@ -93,6 +94,7 @@ def main() -> int:
 
     command = " ".join(["python tests/reliability/soak.py", *sys.argv[1:]])
     facts = {"command": command, "commit": git_commit(), "machine": machine(), "seed": options.seed}
+    warnings.simplefilter("ignore", UserWarning)  # Pillow has one for every other damaged picture
     os.environ["PATCHSAE_CACHE"] = tempfile.mkdtemp()
     for attack, count in COUNTS.items():
         keep(attack, max(1, round(count * options.share)), options.seed)

@@ -17,8 +17,6 @@ from patchsae.latents.atlas import AtlasConfig
 from patchsae.masking.sweep import MaskingConfig, curves, sweep
 from patchsae.runs.intervals import bootstrap
 
-SAMPLE = 400  # training images that the latents of either are described on
-
 
 class OwnSAEs(NamedTuple):
     """Statistics of both dictionaries, and masking with each in each model."""
@@ -31,8 +29,8 @@ class OwnSAEs(NamedTuple):
 
 
 def own_saes(
-    a: Adaptation, images: int | None, rank_images: int, half_images: int, sizes: Sequence[int],
-    include_prompt_tokens: bool,
+    a: Adaptation, images: int | None, atlas_images: int, rank_images: int, half_images: int,
+    sizes: Sequence[int], include_prompt_tokens: bool,
 ) -> OwnSAEs:  # fmt: skip
     """Train both on so many images (None: the scale's) and mask the first data set's base classes."""
     run, t = a.run, next(iter(a.tasks.values()))
@@ -45,7 +43,7 @@ def own_saes(
         label: run.setup.trained_sae(run.sets.train, model, run.root, run.changes.sae, less, progress=False)
         for label, model in models.items()
     }
-    sample, about = run.sets.train.sample(SAMPLE, run.seed), t.halves["base"]
+    sample, about = run.sets.train.sample(atlas_images, run.seed), t.halves["base"]
     test, counted_on = run.few(about.part.test, half_images), about.part.train.per_class(rank_images)
     described = AtlasConfig(tau=a.settings.tau, k=a.settings.k, empty_classes=True)
     atlases, panels, areas = {}, {}, {}
