@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 from patchsae.explorer.blocks import check_block
 from patchsae.images.reading import read_image
-from patchsae.runs.disk import storing
+from patchsae.runs.disk import remove, storing
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.restricted_pickle import read_pickle
 from patchsae.runs.stage import Stage
@@ -178,8 +178,7 @@ def make_result(stage: Stage) -> None:
     with storing(stage.path):
         data.to_zarr(stage.path / "x.zarr", mode="w", consolidated=False, zarr_format=2)
     stage.finish("x.zarr", "sae.*", "metrics.csv")
-    for path in stage.path.glob("part-*"):
-        path.unlink()
+    remove(*stage.path.glob("part-*"))
 
 
 def load_part(path: Path) -> np.ndarray:

@@ -26,11 +26,12 @@ from patchsae.images.augmentation import Crops
 from patchsae.images.loading import read_batches
 from patchsae.images.sets import ImageSet
 from patchsae.runs.cadence import Cadence
+from patchsae.runs.disk import remove
 from patchsae.runs.errors import PatchSAEError, choose
 from patchsae.runs.progress import progress_bar
 from patchsae.runs.stage import Stage, digest
 from patchsae.runs.tensors import save_tensors
-from patchsae.training.trainer import METRICS, open_checkpoint, read_metrics, remove, write_metrics
+from patchsae.training.trainer import METRICS, open_checkpoint, read_metrics, write_metrics
 
 VERSION = 1  # raised when the same inputs give other prompts
 CHECKPOINT = "checkpoint.safetensors"

@@ -22,6 +22,7 @@ from patchsae.images.sets import ImageSet
 from patchsae.masking.sweep import check_whole, chunks, read_chunk, write_chunk
 from patchsae.masking.through import label_rank, text_digest
 from patchsae.runs.checks import check_counts
+from patchsae.runs.disk import remove
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.progress import progress_bar
 from patchsae.runs.stage import Stage, write_atomic
@@ -194,8 +195,7 @@ def mix_models(
         check_whole(ranks.shape[-1], images, stage)
         write_atomic(path, lambda temporary: save_file({"rank": ranks}, temporary))
         stage.finish(path.name, images=len(images))
-        for part in paths:
-            part.unlink()
+        remove(*paths)
 
     stage.once(make)
     ranks = load_file(path)["rank"]  # [tokens or latents, mixture, N]

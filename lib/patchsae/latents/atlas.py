@@ -19,7 +19,7 @@ from patchsae.latents.accumulator import EDGES, Accumulator
 from patchsae.latents.label_statistics import label_entropy, label_std, reference_entropy, reference_std
 from patchsae.runs.cadence import Cadence
 from patchsae.runs.checks import check_counts
-from patchsae.runs.disk import storing
+from patchsae.runs.disk import remove, storing
 from patchsae.runs.errors import PatchSAEError, choose
 from patchsae.runs.processes import Processes, join
 from patchsae.runs.progress import progress_bar
@@ -288,8 +288,7 @@ class _Pass:
         with storing(path):
             atlas.to_zarr(path, mode="w", consolidated=False, zarr_format=2, encoding=encoding)
         self.stage.finish(ATLAS, images=sums.images, skipped=skipped)
-        for path in parts:
-            path.unlink(missing_ok=True)
+        remove(*parts)
 
 
 def to_dataset(sums: Accumulator, classnames: Sequence[str], kinds: Sequence[str]) -> xr.Dataset:

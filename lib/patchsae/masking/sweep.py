@@ -23,7 +23,7 @@ from patchsae.masking.masked_tokens import SWITCHES, Mode, bucket_tables, masked
 from patchsae.masking.rankings import CLASS, PREDICTED, RANDOM, Ranking, check_atlas, rankings
 from patchsae.masking.through import label_rank, text_digest
 from patchsae.runs.checks import check_counts
-from patchsae.runs.disk import storing
+from patchsae.runs.disk import remove, storing
 from patchsae.runs.errors import PatchSAEError, choose
 from patchsae.runs.intervals import bootstrap
 from patchsae.runs.processes import Processes, join
@@ -314,8 +314,7 @@ def _finish(masker: Masker, images: ImageSet, atlas: xr.Dataset, stage: Stage) -
     with storing(stage.path / RESULT):
         result.to_zarr(stage.path / RESULT, mode="w", consolidated=False, zarr_format=2)
     stage.finish(RESULT, images=len(images))
-    for path in paths:
-        path.unlink()
+    remove(*paths)
 
 
 def curves(result: xr.Dataset, top: int = 1, seed: int = 0, draws: int = 2000) -> xr.Dataset:

@@ -48,6 +48,16 @@ def write_atomic(path: str | Path, write_fn: Callable[[Path], object]) -> Path:
     return path
 
 
+def remove(*left: Path) -> None:
+    """Delete what a finished result was made from, after its manifest: a kill between must not start over.
+
+    On a disk that fails, or may not be written to, it stays and does no harm.
+    """
+    for path in left:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
 def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on the disk."""
     folder = path.is_dir()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import math
 import time
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from patchsae.clip.backbone import Backbone
 from patchsae.images.sets import ImageSet
 from patchsae.runs.cadence import Cadence
 from patchsae.runs.checks import check_weights
+from patchsae.runs.disk import remove
 from patchsae.runs.errors import PatchSAEError, choose
 from patchsae.runs.processes import Processes, join
 from patchsae.runs.progress import progress_bar
@@ -306,12 +307,6 @@ def open_checkpoint(path: Path, stage: Stage) -> tuple[dict[str, Any], dict[str,
     if run["inputs"] != digest(stage.inputs):
         raise ValueError("it is of another run")
     return run, tensors
-
-
-def remove(left: Path) -> None:
-    """Delete a checkpoint, after the manifest: a kill between the two must not start over."""
-    with suppress(OSError):  # in a folder that cannot be written to it does no harm
-        left.unlink()
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
