@@ -10,6 +10,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 IMAGES = 400
@@ -52,6 +53,8 @@ def in_child(root: Path, options: dict) -> int:
     try:
         TASKS[options.get("task", "train")](root, {k: v for k, v in options.items() if k != "task"})
         status = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(status)
 

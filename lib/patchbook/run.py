@@ -8,6 +8,7 @@ second.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shutil
 import sys
@@ -229,6 +230,8 @@ def _given(words: list[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def end_children() -> None:
+    # what asyncio tells of a kernel that was ended on purpose is no news
+    logging.getLogger("asyncio").disabled = True
     # at once: asked to end, a kernel in the middle of a cell prints tracebacks of its own
     for process in psutil.Process().children(recursive=True):
         process.kill()

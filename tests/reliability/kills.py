@@ -59,11 +59,15 @@ def trainings(count: int, seed: int, folder: Path) -> Tally:
         command = [sys.executable, DRIVER, here, json.dumps(options), str(seed + number)]
         done = subprocess.run(command, capture_output=True, text=True)
         told = json.loads(done.stdout or "{}")
-        right = done.returncode == 0 and told.get("whole") == told.get("status") == 0
+        right, differs = done.returncode == 0 and told.get("whole") == told.get("status") == 0, []
         for one in sorted(here.glob("whole/*/*.safetensors")):
             (other,) = here.glob(f"cut/*/{one.name}")
             a, b = load_file(one), load_file(other)
-            right = right and a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+            differs += [name for name in a.keys() | b.keys() if name not in a or name not in b]
+            differs += [name for name in a.keys() & b.keys() if not a[name].equal(b[name])]
         for _ in told.get("died_at", [0]):
-            tally.add("right" if right else "garbage", done.stderr[-200:])
+            about = (
+                f"{options}: code {done.returncode}, {told}, other bits in {differs}: {done.stderr[-300:]}"
+            )
+            tally.add("right" if right and not differs else "garbage", about)
     return tally
