@@ -1,7 +1,8 @@
 """The model in the page against torch on test images, and how long it takes there.
 
 Prints the share of images whose first class is torch's, with the book's classes and with typed ones, the
-largest relative difference of embeddings, and milliseconds and memory in Chromium; run it on an idle machine.
+largest relative difference of embeddings, and milliseconds and memory in Chromium; run it where nothing
+else runs.
 """
 
 import argparse

@@ -37,6 +37,7 @@ RUN_BY = {
     "explore": "test_explorer_page.py",
     "data": "test_benchmark_sets.py",
     "import": "test_importers.py",
+    "export": "test_importers.py",
     "push": "test_sharing.py",
     "pull": "test_sharing.py",
     "run": "test_run.py",

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from PIL import Image
 from test_notebooks import photographs, text_of  # noqa: F401
 from tiny_explorer import HASH, make_parts, sparse_sae, tiny_atlas, tuned
@@ -14,7 +15,14 @@ from tiny_explorer import HASH, make_parts, sparse_sae, tiny_atlas, tuned
 from patchbook.run import run_notebook
 from patchsae.explorer import Explorer, ExplorerConfig, Shown, write_blocks
 from patchsae.explorer.blocks import LIMIT, read_activations, read_block
-from patchsae.explorer.data import Activations, group_latents, image_values, patch_map, patch_values
+from patchsae.explorer.data import (
+    Activations,
+    fires_on_nearly_everything,
+    group_latents,
+    image_values,
+    patch_map,
+    patch_values,
+)
 from patchsae.explorer.packing import pack, unpack
 from patchsae.explorer.widget import read_picture
 from patchsae.runs.errors import PatchSAEError
@@ -335,3 +343,12 @@ def test_the_notebook_at_the_paper_scale(tmp_path, photographs):  # noqa: F811
     assert "128 latents" in text_of(out) and "blocks," in text_of(out)
     text = out.read_text()
     assert "patchsae-explorer" in text and "MaPLe for EuroSAT" in text and "widget-view" not in text
+
+
+@pytest.mark.parametrize(
+    ("shares", "left"), [([0.9, 0.1, 0.2, 0.0], [0]), ([0.9, 0.8, 0.2, 0.0], []), ([0.0] * 4, [])]
+)
+def test_a_list_is_not_emptied_by_what_fires_on_nearly_everything(shares, left):
+    atlas = xr.Dataset({"image_frequency_tau": ("latent", shares)})
+    assert np.flatnonzero(fires_on_nearly_everything(atlas, 0.5, 4)).tolist() == left
+    assert not fires_on_nearly_everything(None, 0.5, 4).any()

@@ -1,7 +1,9 @@
 """The public face: a person's own pictures, any model, any SAE; and what is refused."""
 
+import json
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -78,7 +80,10 @@ def test_ten_pictures_become_a_page(clip, photos, lens, tmp_path):
 
 def test_more_images_can_be_seen_than_there_are(clip, photos, tmp_path):
     pictures, options = ps.open_images(photos, clip), {"expansion": 2, "token_batch": 64, "progress": False}
-    with pytest.warns(UserWarning, match=r"hardly anything was learned.*images=200"):
+    with pytest.warns(
+        UserWarning,
+        match=r"hardly anything.*About 3,000 steps.*images=\d{4,}, counted.*token_batch=64 .*--seen",
+    ):
         once = ps.train(clip, pictures, tmp_path, images=20, **options)
     assert once.sae.d_sae == 64
 
@@ -112,6 +117,23 @@ def test_an_autoencoder_comes_from_a_folder_or_another_project(clip, lens, tmp_p
     theirs = ps.load_sae(tmp_path / "lens", clip)
     x = torch.randn(5, 32)
     torch.testing.assert_close(theirs.sae(x), lens.sae(x), rtol=1e-4, atol=1e-5)
+
+
+def test_an_autoencoder_of_another_block_is_refused_and_of_another_model_warned_of(clip, lens, tmp_path):
+    folder = lens.sae.save(tmp_path / "own")
+    card = {"block": clip.block, "backbone": {"fingerprint": clip.fingerprint()}}
+    (folder / "card.json").write_text(json.dumps(card))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ps.load_sae(folder, clip)
+        ps.load_sae(lens.name, clip)  # as trained, with a manifest
+    with pytest.raises(ps.PatchSAEError, match=f"of block {clip.block}, and the model is cut after 0"):
+        ps.load_sae(folder, clip.at_block(0))
+    with pytest.warns(UserWarning, match="was trained on the tokens of another model, or of another block"):
+        ps.load_sae(lens.name, clip.at_block(0))
+    for damaged in ("", "[1]", '{"block": "x", "backbone": 3}'):
+        (folder / "card.json").write_text(damaged)
+        assert ps.load_sae(folder, clip).sae.d_sae == lens.sae.d_sae
 
 
 def test_what_cannot_be_is_one_sentence(clip, photos, lens, tmp_path, monkeypatch):

@@ -121,6 +121,8 @@ def run_notebook(
     checked = check_parameters(source, parameters or {})
     cost = Cost(0.0, 0.0)
 
+    # papermill does not read `int | None`; what is given was checked above
+    logging.getLogger("papermill").addFilter(lambda told: "unknown parameter" not in told.getMessage())
     # Progress bars are for people; in a page they would be dead widgets.
     os.environ.setdefault("TQDM_DISABLE", "1")
 

@@ -14,8 +14,11 @@ Everything here is a short way to a room, which does the work and has more optio
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
     from patchsae.explorer import Explorer
 
 RESULTS = "results"
+ENOUGH, SMALL_BATCH = 3000, 128  # steps after which rows have moved, and tokens of a step with few pictures
 UNMOVED = 0.9  # mean cosine of decoder rows with their random start, above which nothing was learned
 
 
@@ -152,15 +156,40 @@ def train(
             F.cosine_similarity(SAE(sae, config.seed).W_dec, trained.sae.W_dec.cpu(), dim=1).mean().item()
         )
         if still > UNMOVED:
-            steps = int(trained.metrics[-1]["step"])
+            steps, batch = int(trained.metrics[-1]["step"]), min(config.token_batch, SMALL_BATCH)
+            tokens = trained.metrics[-1]["tokens"] / trained.metrics[-1]["images"]
+            images = max(config.images, math.ceil(ENOUGH * batch / tokens))
             warnings.warn(
-                f"After {steps:,} steps the decoder's rows are still at a cosine of "
-                f"{still:.2f} with their random start: hardly anything was learned. See more images "
-                f"(images={10 * config.images}), or take smaller batches "
-                f"(token_batch={max(64, config.token_batch // 4)}).",
+                f"After {steps:,} steps the decoder's rows are still at a cosine of {still:.2f} with "
+                f"their random start: hardly anything was learned. About {ENOUGH:,} steps are needed, for "
+                f"example images={images}, counted with repetition, and token_batch={batch} (for the "
+                f"command: --seen {images} --token-batch {batch}).",
                 stacklevel=2,
             )
     return Lens(clip, trained.sae, str(trained.folder))
+
+
+def _check_origin(folder: Path, clip: Backbone) -> None:
+    """Refuse an autoencoder of this project whose card names another block; warn of another model."""
+    said: dict[str, Any] = {}
+    for name in ("card.json", "manifest.json"):
+        with suppress(OSError, ValueError, TypeError, KeyError):  # neither has to be there, or of our form
+            found = json.loads((folder / name).read_text("utf-8"))
+            said = dict(found) if name == "card.json" else {"backbone": found["inputs"]["backbone"]}
+            break
+    block, backbone = said.get("block"), said.get("backbone")
+    if isinstance(block, int) and block != clip.block:
+        raise PatchSAEError(
+            f"'{folder}' was trained on the tokens of block {block}, and the model is cut after "
+            f"{clip.block}: give block={block}."
+        )
+    known = backbone.get("fingerprint") if isinstance(backbone, dict) else backbone
+    if isinstance(known, str) and known != clip.fingerprint():
+        warnings.warn(
+            f"'{folder}' was trained on the tokens of another model, or of another block: what it shows of "
+            f"{clip} means little unless the two are alike.",
+            stacklevel=3,
+        )
 
 
 def load_sae(source: str | Path, clip: Backbone) -> Lens:
@@ -183,6 +212,8 @@ def load_sae(source: str | Path, clip: Backbone) -> Lens:
     if not path.exists():
         raise PatchSAEError(f"there is no file or folder '{path}'; give one that holds an autoencoder.")
     own = path.is_dir() and (path / CONFIG).is_file()
+    if own:
+        _check_origin(path, clip)
     sae = SAE.load(path, clip.device) if own else import_sae(path).to(clip.device)
     return Lens(clip, sae, name)
 

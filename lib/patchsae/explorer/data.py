@@ -170,9 +170,14 @@ def strongest(values: np.ndarray, left_out: np.ndarray, top: int) -> list[int]:
 def fires_on_nearly_everything(atlas: xr.Dataset | None, frequent: float, latents: int) -> np.ndarray:
     """Tell which latents are left out of the lists: bool [S], active above τ on too many images.
 
-    Without an atlas none is. (The authors' demo leaves out what has a mean activation above 0.1.)
+    None is without an atlas, nor where more than half of those that fire would be: of few pictures, or from
+    an autoencoder that has hardly learned, lists would be empty. (The authors' demo leaves out what has a
+    mean activation above 0.1.)
     """
-    return np.zeros(latents, bool) if atlas is None else atlas.image_frequency_tau.values > frequent
+    if atlas is None:
+        return np.zeros(latents, bool)
+    often = atlas.image_frequency_tau.values > frequent
+    return often & (2 * often.sum() <= (atlas.image_frequency_tau.values > 0).sum())
 
 
 class References(NamedTuple):
