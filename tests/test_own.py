@@ -95,3 +95,15 @@ def test_the_chapters_of_one_model_take_them_and_hand_them_on(name):
     code = "\n".join(cell.source for cell in read_notebook(notebook).cells if cell.cell_type == "code")
     (call,) = re.findall(r"^run = open_run\(\n(.*?)^\)", code, re.DOTALL | re.MULTILINE)
     assert all(f"{name}={name}" in call for name in values)
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [("", "needs the parameter data"), ("nowhere", "data='nowhere' holds no folder imagenet")],
+)
+def test_data_are_looked_for_before_a_model_is_fetched(monkeypatch, tmp_path, data, told):
+    monkeypatch.setattr(
+        "patchbook.scales.Scale.backbone", lambda *_, **__: pytest.fail("a model was asked for")
+    )
+    with pytest.raises(PatchSAEError, match=told):
+        open_run("paper", data=data, model="", pretrained="", block=11, device="cpu", seed=0, results="r")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -44,3 +46,11 @@ def test_a_file_that_a_page_names_is_there(name):
 
 def test_working_on_it_takes_a_page():
     assert len((ROOT / "CONTRIBUTING.md").read_text("utf-8").splitlines()) <= 80
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]])
+def test_ruff_has_nothing_to_say(command):
+    told = subprocess.run(
+        [sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True
+    )
+    assert told.returncode == 0, told.stdout + told.stderr

@@ -80,6 +80,11 @@ class Scale:
             **{"block": self.block, **options},
         )  # fmt: skip
 
+    def look_for(self, data: str) -> None:
+        """Refuse a folder without the scale's images, before a model is fetched for them."""
+        if self.name == "paper":
+            _look_for_photographs(data)
+
     def prompts(self, dataset: Dataset) -> tuple[str, ...]:
         """Return the zero-shot prompts of a data set: the ensemble for ImageNet's classes, else its own."""
         general = dataset.name.startswith("imagenet")  # its variants too
@@ -145,15 +150,19 @@ def _embedded_sets(backbone: Backbone, data: str) -> Sets:
 
 
 def _photographs(backbone: Backbone, data: str) -> Sets:
-    if not data:
-        raise PatchSAEError(
-            "scale='paper' needs the parameter data: the folder that holds imagenet/images/{train,val} and "
-            "may hold the other benchmarks."
-        )
+    _look_for_photographs(data)
     imagenet = open_benchmark("imagenet", data, backbone.frame)
     others = open_found(data, backbone.frame, BENCHMARKS[1:])
     shown = open_found(data, backbone.frame, (*ROBUSTNESS, "cifar-100"))
     return Sets(imagenet.train, imagenet.test, (imagenet, *others), shown)
+
+
+def _look_for_photographs(data: str) -> None:
+    needs = "the folder that holds imagenet/images/{train,val} and may hold the other benchmarks."
+    if not data:
+        raise PatchSAEError(f"scale='paper' needs the parameter data: {needs}")
+    if not (Path(data).expanduser() / "imagenet").is_dir():
+        raise PatchSAEError(f"data='{data}' holds no folder imagenet: give {needs}")
 
 
 def scale(name: str) -> Scale:

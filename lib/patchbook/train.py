@@ -43,6 +43,7 @@ def _train(options: argparse.Namespace) -> None:
     device = local_device(options.device)
     processes = join(device)
     setup = scale(options.scale)
+    setup.look_for(options.data)
     backbone = setup.backbone(options.model, options.pretrained, block=options.block, device=device)
     sets = setup.sets(backbone, options.data)
     of_sae = ("expansion", "l1", "ghost", "activation", "k")

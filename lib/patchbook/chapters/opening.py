@@ -130,6 +130,8 @@ def open_run(
     PatchSAEError : as `scale`, `load_backbone`, the image sets and SAEConfig.
     """
     setup = open_scale(scale)
+    if not pictures:
+        setup.look_for(data)
     backbone = setup.backbone(model, pretrained, block=block, device=device)
     least = activation in ("topk", "batchtopk")
     changes = Changes(
