@@ -210,7 +210,7 @@ def test_appendix_runs_every_row_of_table_2_and_matches_seeds(chapters):
         and "at most 0 in 12 of 12 rows in the paper" in shown
     )
     assert "dimensions permuted" in shown and "two seeds match at" in shown
-    assert "FVU of PCA at this L0" in shown and "Reached by every SAE" in shown
+    assert "FVU of PCA at this L0" in shown and "goals are reached by every autoencoder" in shown
     assert figures_of(chapters["06_appendix"]) == 4
 
 
@@ -329,7 +329,7 @@ def test_table_2_at_the_paper_scale_on_two_models(tmp_path, photographs, two_cli
     """The printed factors; no cache; the large model at the block that the released code counts to."""
     values = {
         "scale": "paper", "data": photographs["data"], "large_block": 23, "expansion": 4, "images": 6,
-        "row_images": 12, "cls_images": 24, "different_images": 0, "test_images": 0, "contrast_images": 6,
+        "row_images": 12, "cls_images": 24, "different_images": None, "test_images": 0, "contrast_images": 6,
         "atlas_images": 12, "match_latents": 100, "jobs": 1, "results": str(tmp_path / "results"),
     }  # fmt: skip
     out = tmp_path / "06.ipynb"
