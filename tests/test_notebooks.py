@@ -330,7 +330,8 @@ def test_table_2_at_the_paper_scale_on_two_models(tmp_path, photographs, two_cli
     values = {
         "scale": "paper", "data": photographs["data"], "large_block": 23, "expansion": 4, "images": 6,
         "row_images": 12, "cls_images": 24, "different_images": None, "test_images": 0,
-        "atlas_images": 12, "contrast_images": 6, "match_latents": 100, "jobs": 1, "results": str(tmp_path / "results"),
+        "atlas_images": 12, "contrast_images": 6, "match_latents": 100, "jobs": 1,
+        "results": str(tmp_path / "results"),
     }  # fmt: skip
     out = tmp_path / "06.ipynb"
     run_notebook(project_root() / "notebooks" / "06_appendix.ipynb", out, values | two_clips)
