@@ -99,7 +99,7 @@ def test_the_chapters_of_one_model_take_them_and_hand_them_on(name):
 
 @pytest.mark.parametrize(
     ("data", "told"),
-    [("", "needs the parameter data"), ("nowhere", "data='nowhere' holds no folder imagenet")],
+    [("", "needs the parameter data"), ("nowhere", "data='nowhere' holds no folder imagenet/images/train")],
 )
 def test_data_are_looked_for_before_a_model_is_fetched(monkeypatch, tmp_path, data, told):
     monkeypatch.setattr(

@@ -161,8 +161,8 @@ def _look_for_photographs(data: str) -> None:
     needs = "the folder that holds imagenet/images/{train,val} and may hold the other benchmarks."
     if not data:
         raise PatchSAEError(f"scale='paper' needs the parameter data: {needs}")
-    if not (Path(data).expanduser() / "imagenet").is_dir():
-        raise PatchSAEError(f"data='{data}' holds no folder imagenet: give {needs}")
+    if not (Path(data) / "imagenet" / "images" / "train").is_dir():
+        raise PatchSAEError(f"data='{data}' holds no folder imagenet/images/train: give {needs}")
 
 
 def scale(name: str) -> Scale:
