@@ -78,7 +78,6 @@ def small_book() -> Path:
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another process of the tests may be building it
         built = subprocess.run(command, cwd=project_root(), capture_output=True, text=True)
-    (folder / f"told-{os.environ.get('PYTEST_XDIST_WORKER')}.txt").write_text(built.stdout)
     if built.returncode:
         pytest.fail(built.stdout + built.stderr, pytrace=False)
     html = folder / "_build" / "html"

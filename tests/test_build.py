@@ -84,15 +84,18 @@ def build(root: Path) -> subprocess.CompletedProcess:
 
 def executed(ran: subprocess.CompletedProcess) -> list[str]:
     """Name the notebooks that a build executed."""
-    return [line.split(":")[0] for line in ran.stdout.splitlines() if line.endswith("running …")]
+    return named(ran.stdout)
+
+
+def named(told: str) -> list[str]:
+    """Name the notebooks that are said to run."""
+    return [line.split(":")[0] for line in told.splitlines() if line.endswith("running …")]
 
 
 def executes(root: Path, capsys) -> list[str]:
     """Bring the notebooks up to date as the build does, without rendering; name what was executed."""
     execute(root, root / "_build", ["01_first", "02_second"], {}, shipped=False)
-    return [
-        line.split(":")[0] for line in capsys.readouterr().out.splitlines() if line.endswith("running …")
-    ]
+    return named(capsys.readouterr().out)
 
 
 def test_the_build_ends_with_the_page_to_open(book):

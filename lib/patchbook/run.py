@@ -38,6 +38,10 @@ USED = "PATCHSAE_USED"  # names the file that gets what an execution used: `patc
 WATCH_SECONDS = 0.2  # between two looks at the memory of a kernel
 
 
+# papermill does not read `int | None`; `run_notebook` checks what is given itself
+logging.getLogger("papermill").addFilter(lambda told: "unknown parameter" not in told.getMessage())
+
+
 class NotebookFailed(RuntimeError):
     """Tell which cell of a notebook failed and where the partial notebook is kept."""
 
@@ -121,8 +125,6 @@ def run_notebook(
     checked = check_parameters(source, parameters or {})
     cost = Cost(0.0, 0.0)
 
-    # papermill does not read `int | None`; what is given was checked above
-    logging.getLogger("papermill").addFilter(lambda told: "unknown parameter" not in told.getMessage())
     # Progress bars are for people; in a page they would be dead widgets.
     os.environ.setdefault("TQDM_DISABLE", "1")
 

@@ -43,8 +43,10 @@ from patchsae.latents.maps import masked_images
 from patchsae.runs.artefacts import artefact_of
 from patchsae.runs.errors import PatchSAEError, printable
 from patchsae.runs.hub import fetch, hub_name
+from patchsae.runs.verify import read_manifest
 from patchsae.sae.importers import import_sae
 from patchsae.sae.model import CONFIG, SAE, SAEConfig
+from patchsae.sae.sharing import CARD
 from patchsae.training.starts import Start
 from patchsae.training.trainer import TrainConfig, train_sae
 
@@ -171,12 +173,10 @@ def train(
 
 def _check_origin(folder: Path, clip: Backbone) -> None:
     """Refuse an autoencoder of this project whose card names another block; warn of another model."""
-    said: dict[str, Any] = {}
-    for name in ("card.json", "manifest.json"):
-        with suppress(OSError, ValueError, TypeError, KeyError):  # neither has to be there, or of our form
-            found = json.loads((folder / name).read_text("utf-8"))
-            said = dict(found) if name == "card.json" else {"backbone": found["inputs"]["backbone"]}
-            break
+    inputs = (read_manifest(folder) or {}).get("inputs")
+    said = dict(inputs) if isinstance(inputs, dict) else {}
+    with suppress(OSError, ValueError, TypeError):  # a card need not be there, or of our form
+        said = dict(json.loads((folder / CARD).read_text("utf-8")))
     block, backbone = said.get("block"), said.get("backbone")
     if isinstance(block, int) and block != clip.block:
         raise PatchSAEError(

@@ -29,25 +29,21 @@ class Goal(NamedTuple):
     reached: Callable[[Learned], bool] | None = None
 
 
+def _at_least(what: str, of: Callable[[Learned], Interval | None], least: float) -> Goal:
+    return Goal(what, of, f"≥ {least:g}".replace("0.", "."), lambda m: of(m).value >= least)
+
+
+def _above_zero(what: str, of: Callable[[Learned], Interval | None]) -> Goal:
+    return Goal(what, of, "above 0", lambda m: of(m).low > 0)
+
+
 def _of_purity(name: str, of: Callable[[Learned], Purity]) -> tuple[Goal, ...]:
     return (
-        Goal(
-            f"purity of ten references ({name})",
-            lambda m: of(m).mean,
-            "≥ .5",
-            lambda m: of(m).mean.value >= 0.5,
-        ),
+        _at_least(f"purity of ten references ({name})", lambda m: of(m).mean, 0.5),
         Goal(f"purity ({name}): null", lambda m: of(m).null),
         Goal(f"purity ({name}): untrained", lambda m: of(m).untrained),
-        Goal(
-            f"purity ({name}): − untrained", lambda m: of(m).ahead, "above 0", lambda m: of(m).ahead.low > 0
-        ),
-        Goal(
-            f"purity ({name}): latents above .5",
-            lambda m: of(m).half,
-            "≥ .4",
-            lambda m: of(m).half.value >= 0.4,
-        ),
+        _above_zero(f"purity ({name}): − untrained", lambda m: of(m).ahead),
+        _at_least(f"purity ({name}): latents above .5", lambda m: of(m).half, 0.4),
         Goal(f"purity ({name}): … − untrained", lambda m: of(m).half_ahead),
     )
 
@@ -57,7 +53,7 @@ def _of_lead(name: str, of: Callable[[Learned], Lead]) -> tuple[Goal, ...]:
         Goal(name, lambda m: of(m).best),
         Goal(f"{name}: untrained", lambda m: of(m).untrained),
         Goal(f"{name}: supervised ceiling", lambda m: of(m).ceiling),
-        Goal(f"{name}: − untrained", lambda m: of(m).ahead, "above 0", lambda m: of(m).ahead.low > 0),
+        _above_zero(f"{name}: − untrained", lambda m: of(m).ahead),
     )
 
 
@@ -65,7 +61,7 @@ SEVERAL = "pointing, two or more objects"
 GOALS = (
     Goal("cosine with own start", lambda m: m.decoder, "≤ .5", lambda m: m.decoder.value <= 0.5),
     Goal("encoder: the same", lambda m: m.encoder),
-    Goal("seeds matched", lambda m: m.matched, "≥ .7", lambda m: m.matched.value >= 0.7),
+    _at_least("seeds matched", lambda m: m.matched, 0.7),
     Goal("seeds matched: chance", lambda m: m.chance, "below it", lambda m: m.chance.high < m.matched.low),
     Goal("seeds matched: living latents", lambda m: m.matched_living),
     Goal("living latents", lambda m: m.living),
@@ -78,11 +74,10 @@ GOALS = (
     *_of_purity("any object", lambda m: m.any_purity),
     *_of_lead("pointing", lambda m: m.pointing),
     *_of_lead(SEVERAL, lambda m: m.pointing_several),
-    Goal(f"{SEVERAL}: way to the ceiling", lambda m: m.pointing_several.way, "≥ .5",
-         lambda m: m.pointing_several.way.value >= 0.5),
+    _at_least(f"{SEVERAL}: way to the ceiling", lambda m: m.pointing_several.way, 0.5),
     *_of_lead("AP", lambda m: m.precision),
-    Goal("accuracy kept through the SAE", lambda m: m.kept, "≥ .95", lambda m: m.kept.value >= 0.95),
-)  # fmt: skip
+    _at_least("accuracy kept through the SAE", lambda m: m.kept, 0.95),
+)
 
 # what figures show: each has to be above 0
 DIFFERENCES: dict[str, Callable[[Learned], Interval]] = {

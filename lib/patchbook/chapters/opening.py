@@ -112,8 +112,8 @@ class Run:
 def open_run(
     scale: str, *, data: str, model: str, pretrained: str, block: int, device: str, seed: int, results: str,
     images: int | None = None, expansion: int | None = None, l1: float | None = None, ghost: bool = True,
-    workers: int = 0,
-    activation: str | None = None, active: int | None = None, sae: str = "", pictures: str = "",
+    workers: int = 0, activation: str | None = None, active: int | None = None, sae: str = "",
+    pictures: str = "",
 ) -> Run:  # fmt: skip
     """Open what the parameters of a chapter ask for; the autoencoder is trained when it is first needed.
 

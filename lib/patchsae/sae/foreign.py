@@ -54,11 +54,8 @@ def open_checkpoint(path: Path, source: Project | str | None = None) -> Checkpoi
     if not path.exists():
         raise PatchSAEError(f"There is no {path.absolute()}: correct the path.")
     found = _open(path, source)
-    pickled = {
-        Project.PATCHSAE,
-        Project.PRISMA,
-        Project.DICTIONARY_LEARNING,
-    }  # one container, told by content
+    # one container, told by content
+    pickled = {Project.PATCHSAE, Project.PRISMA, Project.DICTIONARY_LEARNING}
     if source not in (None, found.source) and not {source, found.source} <= pickled:
         raise PatchSAEError(f"{path} has the layout of {found.source}, not of {source}: name that source.")
     return found._replace(source=Project(source or found.source), state=plain_names(found.state))
