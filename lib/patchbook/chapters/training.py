@@ -13,14 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchbook.chapters.opening import Run
+from patchbook.chapters.opening import MEMORY, Run
 from patchbook.figures import OneImage
 from patchbook.lessons import Lesson
 from patchbook.report import Finding, finding
 from patchbook.shipped import load_shipped
 from patchbook.tables import Table, fixed, percent
 from patchsae.clip.backbone import zero_shot_logits
-from patchsae.clip.remembered import Remembered
 from patchsae.latents.maps import masked_images
 from patchsae.masking.through import through_sae, zero_shot
 from patchsae.runs.intervals import Interval, bootstrap
@@ -33,7 +32,6 @@ KINDS = {
 }
 DEAD = 0.2  # share of dead latents from which on there is something to remedy
 HARSHEST = 4
-ASKED_AGAIN = 550_000_000  # bytes of remembered tokens: the test images and those of the benchmarks
 TOKENS = 197  # of the paper's images
 
 
@@ -171,8 +169,7 @@ class Overview(NamedTuple):
 def overview(run: Run, text: Tensor, test_images: int) -> Overview:
     """Follow the first test image through the model, and count over test images whether answers stay."""
     backbone, sae, test, block = run.backbone, run.sae, run.sets.test, run.backbone.block
-    # this, `score_benchmarks`, `rebuild` and `contrast` ask of the same test images
-    backbone.remember(Remembered(ASKED_AGAIN))
+    backbone.remember(MEMORY)  # `rebuild` and `contrast` ask of the same test images
     one, patches = test.load([0]), run.patches
     stream = backbone.residual(backbone.normalize(one.images)).float()
     latents = sae.encode(stream)
