@@ -45,12 +45,14 @@ prompts: $(INSTALLED) ## Learn the prompts of artefacts/prompts again where they
 	$(BIN)/python artefacts/prompts/train.py
 	$(BIN)/python artefacts/prompts/train.py --method coop
 	$(BIN)/python artefacts/prompts/train.py --method vpt
+	$(BIN)/python artefacts/prompts/train.py --method lora
+	$(BIN)/python artefacts/prompts/train.py --method full
 
 saes: $(INSTALLED) ## Train the autoencoders of artefacts/sae again where they are missing or do not fit
 	$(BIN)/python artefacts/sae/train.py
 
 full: $(INSTALLED) ## Train everything that is shipped again, from nothing, and make the book of that
-	rm -rf results/small_clip artefacts/prompts/maple artefacts/prompts/coop artefacts/prompts/vpt
+	rm -rf results/small_clip artefacts/prompts/*/
 	$(MAKE) clip
 	$(MAKE) prompts
 	$(BIN)/python artefacts/sae/train.py --force

@@ -130,7 +130,7 @@ def test_masking_refuses_bad_parameters_before_an_autoencoder_is_trained(monkeyp
         SimpleNamespace(expansion=8), SimpleNamespace(d_model=16), SimpleNamespace(benchmarks=[data_set]),
         None, Changes({"expansion": None}, {}), 0,
     )  # fmt: skip
-    with pytest.raises(PatchSAEError, match="dataset='cars' is unknown; choose one of concepts"):
+    with pytest.raises(PatchSAEError, match="dataset='cars' is unknown; choose of concepts"):
         masking.open_masking(run, MaskingConfig(), "cars", 0.2, 5, 1)
     with pytest.raises(PatchSAEError, match="random=0"):
         masking.open_masking(run, MaskingConfig(random=0), "", 0.2, 5, 1)

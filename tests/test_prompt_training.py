@@ -82,7 +82,7 @@ def test_first_steps_are_those_of_plain_sgd(backbone, shots, tmp_path):
     config = replace(CONFIG, augment=False, epochs=1, warmup_epochs=0)
     found = train_prompts(backbone, shots, config, tmp_path, progress=False)
     order = np.random.default_rng([config.seed, 0, 0]).permutation(24)
-    adapted = prompt_training.adapt(backbone, config.prompts, config.seed)
+    adapted = prompt_training.adapt(backbone, config.learned, config.seed)
     adapted.prompts.requires_grad_(True)
     texts = [config.text(name) for name in shots.classnames]
     velocity, losses = {}, []
@@ -185,7 +185,7 @@ def test_each_method_learns_the_shots(backbone, shots, tmp_path, method, precisi
 def test_half_precision_learns_about_the_same(backbone, shots, whole, tmp_path, precision):
     """The published runs used fp16 without scaling the loss."""
     found = train_prompts(backbone, shots, replace(CONFIG, precision=precision), tmp_path, progress=False)
-    start = prompt_training.adapt(backbone, CONFIG.prompts, CONFIG.seed).prompts.state_dict()
+    start = prompt_training.adapt(backbone, CONFIG.learned, CONFIG.seed).prompts.state_dict()
     exact = whole.backbone.prompts.state_dict()
     assert all(np.isfinite(row["loss"]) for row in found.metrics)
     for name, value in found.backbone.prompts.state_dict().items():

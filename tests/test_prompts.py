@@ -275,7 +275,7 @@ def test_what_does_not_fit_is_refused(plain, maple):
     ):
         with pytest.raises(PatchSAEError, match=sentence):
             adapt(plain, PromptConfig(**config))
-    with pytest.raises(PatchSAEError, match="has learned tokens already"):
+    with pytest.raises(PatchSAEError, match="is adapted already"):
         adapt(maple, PromptConfig(depth=1))
     with pytest.raises(PatchSAEError, match="method='lora' is unknown; choose one of maple, coop, vpt"):
         PromptConfig(method="lora")

@@ -137,7 +137,7 @@ def test_prompts_of_an_embedded_set(tmp_path):
     (["--scale", "paper", "--data", "EMPTY"], "holds none of the eleven benchmarks"),
     (["--scale", "paper", "--data", "EMPTY", "--dataset", "dtd"], "DATASETS.md#dtd"),
     (["--dataset", "eurosat"], "dataset='eurosat' is unknown; choose one of concepts"),
-    (["--method", "cocoop"], "method='cocoop' is unknown; choose one of maple, coop, vpt"),
+    (["--method", "cocoop"], "--method 'cocoop' is unknown; choose one of maple, coop, vpt, lora, full"),
     (["--dataset", "silhouettes", "--shots", "0"], "shots=0 must be a whole number of at least 1"),
     (["--dataset", "silhouettes", "--seed", "-1"], "seed=-1 must not be negative"),
     (["--dataset", "silhouettes", "--lr", "nan"], "lr=nan must be positive"),

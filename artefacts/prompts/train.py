@@ -1,4 +1,4 @@
-"""Learn the prompts of this folder where they are missing (`make prompts`).
+"""Learn the prompts, and changes of weights, of this folder where they are missing (`make prompts`).
 
 A thin call of `python -m patchbook.train_prompts`: it says which seeds of which sets the book needs. Files
 are in half precision; a set's manifest.json tells what it was learned from.
@@ -15,10 +15,11 @@ from pathlib import Path
 from patchbook.scenes.embedded import DATASETS
 from patchbook.train_prompts import main as train_prompts
 from patchsae.adaptation.prompts import Method
+from patchsae.adaptation.weights import Change
 
 HERE = Path(__file__).parent
 SEEDS = dict.fromkeys(("silhouettes", "sketch_objects", "sketch_activities"), (1, 2, 3))
-HALVES = ("silhouettes", "sketch_activities")  # where words and image tokens are learned alone, too
+HALVES = ("silhouettes", "sketch_activities")  # where other methods learn, too
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,7 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", nargs="*", choices=DATASETS, default=list(DATASETS), help="which; all")
     parser.add_argument("--seeds", nargs="*", type=int, help="seeds; by default those of the book")
-    parser.add_argument("--method", choices=list(Method), default=Method.MAPLE, help="what is learned")
+    methods = [*Method, *Change]
+    parser.add_argument("--method", choices=methods, default=Method.MAPLE, help="what is learned")
     parser.add_argument(
         "--out", type=Path, default=HERE, help="folder for the prompts; by default this one"
     )

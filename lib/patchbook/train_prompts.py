@@ -1,4 +1,4 @@
-"""Learn prompts from the command line: `patchsae prompts`, at either scale.
+"""Learn prompts, or changes of weights, from the command line: `patchsae prompts`, at either scale.
 
 Base classes of a data set, Dassl's draw of a few images per class, MaPLe's published recipe. The result
 lies where `find_prompts` looks, `<prompts>/<method>/<dataset>/seed<n>/`, beside the manifest of the images
@@ -13,12 +13,14 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 # What learns is imported where it is used: the processes that decode images import this module too.
 if TYPE_CHECKING:
     from patchsae.adaptation.prompt_training import PromptTrainConfig
+    from patchsae.adaptation.weights import WeightTrainConfig
     from patchsae.clip.backbone import Backbone
     from patchsae.images.sets import Dataset
 
@@ -26,24 +28,26 @@ SHOTS = 16
 EMBEDDED_SHOTS = {"concepts": 2}  # of 261 base classes
 # a scene's object is small, and a crop of 8 %, as photographs get, seldom shows it
 EMBEDDED_CROPS = (0.5, 1.0)
+TOKENS, WEIGHTS = ("depth", "n_ctx", "context"), ("rank",)
+"""Fields of PromptTrainConfig, and of WeightTrainConfig, that are options of the same name."""
 RECIPE = (
-    *("depth", "n_ctx", "context", "epochs", "batch_size", "lr", "momentum", "weight_decay"),
-    *("warmup_epochs", "warmup_lr", "augment", "crop_scale", "precision", "workers"),
+    *("epochs", "batch_size", "lr", "momentum", "weight_decay", "warmup_epochs", "warmup_lr"),
+    *("augment", "crop_scale", "precision", "workers"),
 )
-"""Fields of PromptTrainConfig that are options of the same name."""
+"""Options that both have."""
 
 
 def learn(
     backbone: Backbone,
     dataset: Dataset,
-    config: PromptTrainConfig,
+    config: PromptTrainConfig | WeightTrainConfig,
     prompts: str | Path,
     work: str | Path,
     shots: int = SHOTS,
     half: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Learn the prompts of a data set's base classes; return the folder under `prompts` they are in.
+    """Learn prompts, or changes of weights, on base classes; return the folder under `prompts` they are in.
 
     Parameters
     ----------
@@ -92,21 +96,37 @@ def _learn_all(options: argparse.Namespace) -> None:
     from patchbook.scales import scale
     from patchsae.adaptation.prompt_files import CARD, prompts_folder
     from patchsae.adaptation.prompt_training import PromptTrainConfig
+    from patchsae.adaptation.prompts import Method
+    from patchsae.adaptation.weights import Change, WeightTrainConfig
+    from patchsae.runs.errors import PatchSAEError
     from patchsae.runs.stage import project_root
 
+    if options.method not in (methods := (*Method, *Change)):
+        raise PatchSAEError(f"--method '{options.method}' is unknown; choose one of {', '.join(methods)}.")
+    weights = options.method in list(Change)
+    own, others = (WEIGHTS, TOKENS) if weights else (TOKENS, WEIGHTS)
+    if wrong := [name for name in others if getattr(options, name) is not None]:
+        raise PatchSAEError(
+            f"--{wrong[0].replace('_', '-')} means nothing for --method {options.method}: leave it out."
+        )
     backbone = scale(options.scale).backbone(
         options.model, options.pretrained, device=options.device, dtype=options.dtype
     )
     embedded = options.scale == "embedded"
-    given = {name: getattr(options, name) for name in RECIPE if getattr(options, name) is not None}
+    given = {name: getattr(options, name) for name in (*own, *RECIPE) if getattr(options, name) is not None}
     recipe = ({"crop_scale": EMBEDDED_CROPS} if embedded else {}) | given
+    configure = (
+        partial(WeightTrainConfig.usual, options.method)
+        if weights
+        else partial(PromptTrainConfig, method=options.method)
+    )
     root = project_root()
     prompts = options.prompts or root / ("artefacts/prompts" if embedded else "results/prompts")
     for dataset in _datasets(options, backbone):
         usual = EMBEDDED_SHOTS.get(dataset.name, SHOTS) if embedded else SHOTS
         shots = usual if options.shots is None else options.shots
         for seed in options.seed:
-            config = PromptTrainConfig(method=options.method, seed=seed, **recipe)
+            config = configure(seed=seed, **recipe)
             folder = prompts_folder(prompts, dataset.name, seed, config.method)
             if (folder / CARD).is_file():
                 print(f"{folder}: there already; delete it to learn it again", flush=True)
@@ -144,7 +164,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--scale", default="embedded", help="'embedded' (default) or 'paper'")
     add("--data", default="", help="paper scale: folder that holds one folder per benchmark")
     add("--dataset", nargs="+", metavar="NAME", help="data sets (default: all of the scale that are there)")
-    add("--method", default="maple", help="'maple' (default), 'coop' or 'vpt'")
+    add(
+        "--method",
+        default="maple",
+        help="tokens: 'maple' (default), 'coop', 'vpt'; weights: 'lora', 'full'",
+    )
     add("--seed", type=int, nargs="+", default=[1], help="one or more seeds (default 1)")
     add("--prompts", type=Path,
         help="folder for the prompts, to be given to the notebooks as the parameter prompts (default: "
@@ -157,10 +181,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--shots", type=int, help=f"images of each class (default {SHOTS}, 2 for the set of all concepts)")
     add("--depth", type=int, help="blocks in front of which there are learned tokens (default 9)")
     add("--n-ctx", type=int, help="learned tokens per depth (default 2)")
+    add("--rank", type=int, help="lora: rank of the change of each matrix (default 2)")
     add("--context", help="words before the class name (default 'a photo of a')")
     add("--epochs", type=int, help="passes over the images (default 5)")
     add("--batch-size", "--batch", type=int, help="images per step (default 4)")
-    add("--lr", type=float, help="step size after warm-up (default 0.0035)")
+    add("--lr", type=float, help="step size after warm-up (default: of the method)")
     add("--momentum", type=float, help="momentum of SGD (default 0.9)")
     add("--weight-decay", type=float, help="weight decay of SGD (default 5e-4)")
     add("--warmup-epochs", type=int, help="epochs at the start with the small step size (default 1)")

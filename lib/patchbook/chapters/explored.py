@@ -120,10 +120,11 @@ def open_explored(
         pool = Pictures(d.title, d.test.sample(amounts.of_data_set, seed + 1), setup.prompts(d))
         gallery.append(telling(pool, backbone, model, amounts.gallery, amounts.gallery // 2, seed))
     scenes = (amounts.known_scenes, backbone.image_size, seed, backbone.device)
-    blocks = write_blocks(
-        run.sae, run.sae_hash, shown, gallery, references, run.root, config,
-        vocabulary=scene_vocabulary(*scenes) if embedded else None,
-    )  # fmt: skip
+    with backbone.remembering(run.store):  # which has seen most of the references
+        blocks = write_blocks(
+            run.sae, run.sae_hash, shown, gallery, references, run.root, config,
+            vocabulary=scene_vocabulary(*scenes) if embedded else None,
+        )  # fmt: skip
     return Explored(run, shown, references, blocks, config)
 
 

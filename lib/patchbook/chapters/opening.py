@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,8 @@ from patchbook.scales import Scale, Sets
 from patchbook.scales import scale as open_scale
 from patchsae.clip.backbone import Backbone, zero_shot_weights
 from patchsae.clip.remembered import Remembered
-from patchsae.images.sets import Dataset, ImageSet
+from patchsae.clip.token_store import TokenStore
+from patchsae.images.sets import Dataset, ImageSet, Subset
 from patchsae.latents.atlas import AtlasConfig, make_atlas
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.stage import project_root
@@ -25,6 +27,8 @@ from patchsae.training.trainer import Trained
 
 MEMORY = Remembered(450_000_000)
 """What a chapter's models saw last, 4,500 images of the small CLIP, if it asks of the same ones again."""
+STORE = 1_200_000_000
+"""Bytes of tokens that chapters leave each other on disk: of 8,000 images and more, of the small CLIP."""
 
 
 class Changes(NamedTuple):
@@ -73,27 +77,39 @@ class Run:
         """Draw n images, or take all for n = 0."""
         return images.sample(n, self.seed) if n else images
 
+    @cached_property
+    def store(self) -> TokenStore:
+        """Return the tokens of training images that another chapter asked for."""
+        return TokenStore(self.root / "tokens.sqlite", STORE)
+
     def atlas(
         self, images: ImageSet, config: AtlasConfig, backbone: Backbone | None = None,
         trained: Trained | None = None,
     ) -> xr.Dataset:  # fmt: skip
-        """Describe latents on some images, by this run's backbone and autoencoder or by others."""
-        found = trained or self.trained
-        return make_atlas(
-            found.sae, backbone or self.backbone, images, config, self.root, found.folder.name,
-            workers=self.workers,
-        )  # fmt: skip
+        """Describe latents on some images, by this run's backbone and autoencoder or by others.
+
+        CLIP's tokens of the general training images are left on disk for other chapters.
+        """
+        found, model = trained or self.trained, backbone or self.backbone
+        general = isinstance(images, Subset) and images.parent is self.sets.train
+        kept = model.remembering(self.store) if general and model is self.backbone else nullcontext()
+        with kept:
+            return make_atlas(
+                found.sae, model, images, config, self.root, found.folder.name, workers=self.workers
+            )
 
     def text(self, data_set: Dataset) -> Tensor:
         """Return the text vectors [C, e] of a data set's classes, by the scale's prompts."""
         return zero_shot_weights(self.backbone, data_set.classnames, self.setup.prompts(data_set))
 
     def choose(self, dataset: str) -> list[Dataset]:
-        """Return the benchmark of that name, or all of them for ''; refuses an unknown name."""
+        """Return the benchmarks of these names, with commas between them, or all for ''; refuses others."""
         known = {data_set.name: data_set for data_set in self.sets.benchmarks}
-        if dataset and dataset not in known:
-            raise PatchSAEError(f"dataset='{dataset}' is unknown; choose one of {', '.join(known)}.")
-        return [known[dataset]] if dataset else list(self.sets.benchmarks)
+        wanted = [name.strip() for name in dataset.split(",")] if dataset else list(known)
+        for name in wanted:
+            if name not in known:
+                raise PatchSAEError(f"dataset='{name}' is unknown; choose of {', '.join(known)}.")
+        return [known[name] for name in dict.fromkeys(wanted)]
 
     @property
     def has_masks(self) -> bool:

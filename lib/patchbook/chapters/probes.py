@@ -15,6 +15,7 @@ from patchbook.scenes.embedded import CLUTTERED, SceneSet, domain_sets, embedded
 from patchbook.scenes.pictograms import SLOTS, Scenes
 from patchsae.clip.backbone import Backbone, zero_shot_logits, zero_shot_weights
 from patchsae.clip.tail import Tail
+from patchsae.images.sets import Subset
 from patchsae.latents.accumulator import Accumulator
 from patchsae.latents.maps import Fired, patch_cover
 from patchsae.runs.errors import PatchSAEError
@@ -30,7 +31,7 @@ RIDGE = 0.1  # of the mean variance, added to every dimension's: a concept has f
 class Probes(NamedTuple):
     """What SAEs are measured on."""
 
-    described: SceneSet  # training scenes: references, principal and supervised directions
+    described: SceneSet | SceneSubset  # training scenes: references, principal and supervised directions
     scored: SceneSet  # scenes that error, sparsity and answers are measured on
     masked: Mapping[str, SceneSet]  # scenes of the same classes in each style: pointing and AP
     text: Tensor  # [C, e] a vector for each class of `scored`
@@ -59,25 +60,35 @@ class Answers(NamedTuple):
 
 
 def open_probes(
-    backbone: Backbone, images: int = 1500, references: int = 8000, split: str = "test"
+    backbone: Backbone, images: int = 1500, references: int = 8000, split: str = "test", seed: int = 0
 ) -> Probes:
     """Open the embedded scenes to measure on.
 
-    `images` scenes are scored, and about as many with masks; `references` training scenes describe latents.
+    `images` scenes are scored, and about as many with masks; `references` training scenes describe latents,
+    the same ones that chapter 2 draws of as many with this seed.
     split='train' gives scored scenes of the training split's photos and textures that no SAE is trained on:
     for choosing recipes, so that test scenes are seen once.
     """
     device = backbone.device
-    described = scene_set("train", device=device)
+    every = scene_set("train", device=device)
     scored = SceneSet(
-        "scenes" if split == "test" else "validation", split, described.concept_of_label,
-        described.styles, -(-images // len(described.classnames)), CLUTTERED, device,
+        "scenes" if split == "test" else "validation", split, every.concept_of_label,
+        every.styles, -(-images // len(every.classnames)), CLUTTERED, device,
     )  # fmt: skip
     classes = min(CLASSES, max(2, images // 12))  # at least four scenes of each class and style
     masked = domain_sets(split, classes, max(2, round(images / classes / 3)), device)
     masked.pop("silhouette")  # a style that nothing here was trained on
     text = zero_shot_weights(backbone, scored.classnames, embedded_dataset("concepts").template)
-    return Probes(first(described, references), first(scored, images), masked, text)
+    drawn = every.sample(references, seed).indices
+    return Probes(SceneSubset(every, drawn), first(scored, images), masked, text)
+
+
+class SceneSubset(Subset):
+    """Some scenes of a set, with their masks."""
+
+    def scenes(self, indices: np.ndarray) -> Scenes:
+        """Draw images together with their object masks."""
+        return self.parent.scenes(self.indices[indices])
 
 
 def first(images: SceneSet, n: int) -> SceneSet:
@@ -89,7 +100,7 @@ def first(images: SceneSet, n: int) -> SceneSet:
 
 @torch.no_grad()
 def read(
-    backbone: Backbone, images: SceneSet, title: str, shown: bool
+    backbone: Backbone, images: SceneSet | SceneSubset, title: str, shown: bool
 ) -> Iterator[tuple[np.ndarray, Scenes, Tensor]]:
     """Yield indices, scenes and all tokens [B, T, d] of a set, batch by batch; NaN is refused by name."""
     for start in progress_bar(range(0, len(images), BATCH), desc=title, unit="batch", shown=shown):
@@ -126,7 +137,11 @@ class Moments:
 
 
 def describe(
-    saes: Mapping[str, SAE], backbone: Backbone, images: SceneSet, k: int = 10, progress: bool = True
+    saes: Mapping[str, SAE],
+    backbone: Backbone,
+    images: SceneSet | SceneSubset,
+    k: int = 10,
+    progress: bool = True,
 ) -> Described:
     """Find every latent's references as the atlas does, and the directions that training scenes give."""
     columns = token_columns(backbone, Tokens.ALL)

@@ -161,7 +161,7 @@ def learned(
     """Measure chapter 1's autoencoder and the next seed's against untrained ones; None without masks."""
     if len(chapter) < 2:
         return None
-    probes = open_probes(run.backbone, images, references)
+    probes = open_probes(run.backbone, images, references, seed=run.seed)
     saes = {name: one.sae for name, one in chapter.items()}
     asked = dict(list(saes.items())[:2])
     # rows that began as data have no start that seed and configuration would give
@@ -170,7 +170,8 @@ def learned(
         name: SAE(sae.config, run.seed + number) if random_start else None
         for number, (name, sae) in enumerate(asked.items())
     }
-    return measure(asked, run.backbone, probes, starts, list(saes.values())[2:], run.seed)
+    with run.backbone.remembering(run.store):
+        return measure(asked, run.backbone, probes, starts, list(saes.values())[2:], run.seed)
 
 
 def goal_table(measured: Mapping[str, Learned]) -> Table:

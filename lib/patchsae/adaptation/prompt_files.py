@@ -1,10 +1,11 @@
 """Learned prompts on disk: ours, and those that MaPLe's authors published.
 
-Ours is `prompts.safetensors` (the learned tensors alone) beside `prompts.json`, which says what they are
-and which backbone they belong to. Theirs is Dassl's `model.pth.tar-N`: everything of the trainer, a whole
-CLIP among it (facts.md §1.3). It is read without running anything in it, and taken only if every key is
-the one expected and its CLIP is the backbone's own: loading what fits and ignoring the rest is how the
-paper's demo came to run six untrained prompts (facts.md §1.4).
+Ours is `prompts.safetensors` (the learned tensors alone, changes of weights where the method learns these)
+beside `prompts.json`, which says what they are and which backbone they belong to. Theirs is Dassl's
+`model.pth.tar-N`: everything of the trainer, a whole CLIP among it (facts.md §1.3). It is read without
+running anything in it, and taken only if every key is the one expected and its CLIP is the backbone's own:
+loading what fits and ignoring the rest is how the paper's demo came to run six untrained prompts (facts.md
+§1.4).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from patchsae.adaptation.adapted import Adapted
 from patchsae.adaptation.prompts import (
     AdaptedBackbone,
     Method,
@@ -28,6 +30,7 @@ from patchsae.adaptation.prompts import (
     blank_prompts,
     fitting_text_tower,
 )
+from patchsae.adaptation.weights import Change, TunedBackbone, WeightConfig
 from patchsae.clip.backbone import Backbone
 from patchsae.images.benchmark_table import RECIPES
 from patchsae.runs.checks import check_weights
@@ -47,7 +50,7 @@ class MissingPrompts(PatchSAEError):
 class PromptCard(NamedTuple):
     """What `prompts.json` says."""
 
-    config: PromptConfig
+    config: PromptConfig | WeightConfig
     classnames: tuple[str, ...]
     """Classes that the prompts were trained on; they serve any others as well."""
     seed: int | None
@@ -59,17 +62,17 @@ class PromptCard(NamedTuple):
 
 def save_prompts(
     folder: str | Path,
-    adapted: AdaptedBackbone,
+    adapted: Adapted,
     classnames: Sequence[str],
     seed: int | None,
     source: str,
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write prompts.safetensors and prompts.json (the fields of `PromptCard`), each whole or not at all."""
-    folder, config = Path(folder), adapted.prompts.config
+    folder = Path(folder)
     tensors = {
         key: value.detach().to(dtype).cpu().contiguous()
-        for key, value in adapted.prompts.state_dict().items()
+        for key, value in adapted.learned.state_dict().items()
     }
     write_atomic(folder / WEIGHTS, lambda path: save_file(tensors, path))
     card = {
@@ -79,7 +82,7 @@ def save_prompts(
         "backbone": adapted.plain.at_block(0).fingerprint(),
         "backbone_name": adapted.plain.name,
     }
-    write_json(folder / CARD, asdict(config) | card)
+    write_json(folder / CARD, asdict(adapted.what) | card)
 
 
 def read_card(folder: str | Path) -> PromptCard:
@@ -87,7 +90,8 @@ def read_card(folder: str | Path) -> PromptCard:
     path = Path(folder) / CARD
     try:
         card = json.loads(path.read_text(encoding="utf-8-sig"))
-        config = PromptConfig(**{field.name: card[field.name] for field in fields(PromptConfig)})
+        kind = WeightConfig if card["method"] in list(Change) else PromptConfig
+        config = kind(**{field.name: card[field.name] for field in fields(kind)})
         return PromptCard(
             config, tuple(card["classnames"]), card["seed"], str(card["source"]), str(card["backbone"])
         )
@@ -100,8 +104,8 @@ def read_card(folder: str | Path) -> PromptCard:
         ) from error
 
 
-def load_prompts(folder: str | Path, backbone: Backbone) -> AdaptedBackbone:
-    """Return `backbone` adapted by the prompts of a folder.
+def load_prompts(folder: str | Path, backbone: Backbone) -> Adapted:
+    """Return `backbone` adapted by the prompts, or the changed weights, of a folder.
 
     Raises PatchSAEError for a missing or damaged file, tensors that are not those that the card
     describes, and another backbone than the prompts were learned on.
@@ -121,8 +125,9 @@ def load_prompts(folder: str | Path, backbone: Backbone) -> AdaptedBackbone:
 
 
 def find_prompts(
-    folder: str | Path, dataset: str, backbone: Backbone, seed: int = 1, method: Method = Method.MAPLE
-) -> AdaptedBackbone:
+    folder: str | Path, dataset: str, backbone: Backbone, seed: int = 1,
+    method: Method | Change = Method.MAPLE,
+) -> Adapted:  # fmt: skip
     """Return `backbone` adapted to a data set by what a folder holds for it.
 
     Ours lie in `prompts_folder`; MaPLe's as published, `<dataset>/base/seed<n>/MultiModalPromptLearner/
@@ -147,7 +152,9 @@ def find_prompts(
     )
 
 
-def prompts_folder(folder: str | Path, dataset: str, seed: int, method: Method = Method.MAPLE) -> Path:
+def prompts_folder(
+    folder: str | Path, dataset: str, seed: int, method: Method | Change = Method.MAPLE
+) -> Path:
     """Return where prompts of ours lie in a folder: `<method>/<dataset>/seed<n>`."""
     return Path(folder) / method / dataset / f"seed{seed}"
 
@@ -256,13 +263,17 @@ def _compare(path: Path, found: Mapping[str, list[int]], expected: Mapping[str, 
 
 
 def _adapted(
-    path: Path, backbone: Backbone, config: PromptConfig, tensors: dict[str, Tensor]
-) -> AdaptedBackbone:
-    prompts = blank_prompts(backbone, config)
-    own = prompts.state_dict()
+    path: Path, backbone: Backbone, config: PromptConfig | WeightConfig, tensors: dict[str, Tensor]
+) -> Adapted:
+    if isinstance(config, WeightConfig):
+        adapted = TunedBackbone(backbone, config)
+    else:
+        adapted = AdaptedBackbone(backbone, blank_prompts(backbone, config))
+    own = adapted.learned.state_dict()
     _compare(
         path, {k: list(v.shape) for k, v in tensors.items()}, {k: list(v.shape) for k, v in own.items()}
     )
     check_weights(path, tensors)
-    prompts.load_state_dict({key: value.float() for key, value in tensors.items()})
-    return AdaptedBackbone(backbone, prompts)
+    adapted.learned.load_state_dict({key: value.float() for key, value in tensors.items()})
+    adapted.settle()
+    return adapted

@@ -1,4 +1,4 @@
-"""Learn prompts from a few images per class by MaPLe's published recipe.
+"""Learn prompts, or changes of weights, from a few images per class by MaPLe's published recipe.
 
 A run can be killed at any moment: started again, it goes on from its last checkpoint and ends with the
 same bits. Everything random is a function of the seed and the step, so a checkpoint holds no generator.
@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass, fields
-from enum import StrEnum
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,16 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from patchsae.adaptation.adapted import Adapted
 from patchsae.adaptation.prompt_files import CARD, WEIGHTS, load_prompts, save_prompts
 from patchsae.adaptation.prompt_text import PackedTexts
-from patchsae.adaptation.prompts import AdaptedBackbone, PromptConfig, adapt
+from patchsae.adaptation.prompts import PromptConfig, adapt
+from patchsae.adaptation.recipe import Precision, Recipe
+from patchsae.adaptation.weights import TunedBackbone, WeightConfig, WeightTrainConfig
 from patchsae.clip.backbone import Backbone, zero_shot_logits
 from patchsae.images.augmentation import Crops
 from patchsae.images.loading import read_batches
 from patchsae.images.sets import ImageSet
 from patchsae.runs.cadence import Cadence
 from patchsae.runs.disk import remove
-from patchsae.runs.errors import PatchSAEError, choose
+from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.progress import progress_bar
 from patchsae.runs.stage import Stage, digest
 from patchsae.runs.tensors import save_tensors
@@ -35,84 +37,23 @@ from patchsae.training.trainer import METRICS, open_checkpoint, read_metrics, wr
 
 VERSION = 1  # raised when the same inputs give other prompts
 CHECKPOINT = "checkpoint.safetensors"
-
-
-class Precision(StrEnum):
-    """What CLIP's blocks compute in while prompts are learned; prompts and losses stay float32."""
-
-    FLOAT32 = "float32"
-    BF16 = "bf16"
-    FP16 = "fp16"
-
-
 _TYPES = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 
 
 @dataclass(frozen=True)
-class PromptTrainConfig(PromptConfig):
-    """How prompts are learned; the defaults are MaPLe's base-to-novel recipe (facts.md §1.2)."""
-
-    epochs: int = 5
-    """Passes over the images."""
-    batch_size: int = 4
-    """Images per step; those left over at the end of an epoch are not seen in it."""
-    lr: float = 0.0035
-    """Step size of SGD after warm-up; it falls along a cosine, once per epoch."""
-    momentum: float = 0.9
-    """Momentum of SGD."""
-    weight_decay: float = 5e-4
-    """Weight decay of SGD."""
-    warmup_epochs: int = 1
-    """Epochs at the start with warmup_lr."""
-    warmup_lr: float = 1e-5
-    """Step size during warm-up."""
-    augment: bool = True
-    """Whether images are cropped and flipped at random."""
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-    """Smallest and largest share of an image that a random crop shows."""
-    precision: Precision = Precision.FLOAT32
-    """What the blocks compute in. The published runs used fp16, without loss scaling, on a GPU."""
-    seed: int = 1
-    """Decides the start, the order of images and the crops."""
-    workers: int = 0
-    """Processes that decode images. Does not change results."""
-    cache_mb: int = 512
-    """Decoded images kept in memory, where workers=0, in MB. Does not change results."""
-    checkpoint_share: float = 0.03
-    """Share of the time that may go into checkpoints. Does not change results."""
+class PromptTrainConfig(PromptConfig, Recipe):
+    """Which tokens are learned, and how; the defaults are MaPLe's base-to-novel recipe (facts.md §1.2)."""
 
     def __post_init__(self):
-        super().__post_init__()
-        choose(self, "precision", Precision)
-        for name in ("epochs", "batch_size", "lr", "checkpoint_share"):
-            if not getattr(self, name) > 0:
-                raise PatchSAEError(f"{name}={getattr(self, name)} must be positive.")
-        for name in ("momentum", "weight_decay", "warmup_lr", "seed", "workers", "cache_mb"):
-            if not getattr(self, name) >= 0:
-                raise PatchSAEError(f"{name}={getattr(self, name)} must not be negative.")
-        object.__setattr__(self, "crop_scale", tuple(self.crop_scale))  # JSON makes a list of it
-        if not (len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1):
-            raise PatchSAEError(f"crop_scale={self.crop_scale} must be two shares, 0 < low ≤ high ≤ 1.")
-        if not 0 <= self.warmup_epochs < self.epochs:
-            raise PatchSAEError(f"warmup_epochs={self.warmup_epochs} must be in 0..{self.epochs - 1}.")
+        PromptConfig.__post_init__(self)
+        Recipe.__post_init__(self)
         if not self.depth:
             raise PatchSAEError("depth=0 has no prompts to learn: use a depth of at least 1.")
 
     @property
-    def prompts(self) -> PromptConfig:
+    def learned(self) -> PromptConfig:
         """Return what is learned, without how."""
         return PromptConfig(**{field.name: getattr(self, field.name) for field in fields(PromptConfig)})
-
-    def inputs(self) -> dict[str, object]:
-        """Return what decides the result, for the stage's hash."""
-        idle = ("workers", "cache_mb", "checkpoint_share")
-        return {key: value for key, value in asdict(self).items() if key not in idle}
-
-    def rate(self, epoch: int) -> float:
-        """Return the step size of an epoch, counted from 0: constant, then a cosine that starts anew."""
-        if epoch < self.warmup_epochs:
-            return self.warmup_lr
-        return self.lr * (1 + math.cos(math.pi * (epoch - self.warmup_epochs) / self.epochs)) / 2
 
 
 BASE_TO_NOVEL = PromptTrainConfig()
@@ -122,7 +63,7 @@ CROSS_DATASET = PromptTrainConfig(depth=3, epochs=2, lr=0.0026)
 class TrainedPrompts(NamedTuple):
     """A finished run."""
 
-    backbone: AdaptedBackbone
+    backbone: Adapted
     metrics: list[dict[str, float]]
     """One row per epoch: epoch, step, lr, loss, accuracy (of the training batches, in passing)."""
     folder: Path
@@ -131,7 +72,7 @@ class TrainedPrompts(NamedTuple):
 def train_prompts(
     backbone: Backbone,
     images: ImageSet,
-    config: PromptTrainConfig,
+    config: PromptTrainConfig | WeightTrainConfig,
     root: str | Path,
     progress: bool = True,
 ) -> TrainedPrompts:
@@ -157,7 +98,9 @@ def train_prompts(
         "backbone": backbone.at_block(0).fingerprint(),  # the cut decides nothing here
         "train": config.inputs(),
     }
-    start = adapt(backbone, config.prompts, config.seed)
+    what = config.learned
+    begin = TunedBackbone if isinstance(what, WeightConfig) else adapt
+    start = begin(backbone, what, config.seed)
     stage = Stage.open(root, "prompts", inputs, version=VERSION)
     stage.once(lambda: _Run(start, images, config, stage, progress).go())
     remove(stage.path / CHECKPOINT)
@@ -169,16 +112,16 @@ class _Run:
 
     def __init__(
         self,
-        adapted: AdaptedBackbone,
+        adapted: Adapted,
         images: ImageSet,
-        config: PromptTrainConfig,
+        config: PromptTrainConfig | WeightTrainConfig,
         stage: Stage,
         progress: bool,
     ):
         self.adapted, self.images, self.config, self.stage = adapted, images, config, stage
         self.progress, self.checkpoint = progress, stage.path / CHECKPOINT
         self.per_epoch = len(images) // config.batch_size
-        self.parameters = dict(adapted.prompts.named_parameters())
+        self.parameters = dict(adapted.learned.named_parameters())
         self.optimizer = torch.optim.SGD(
             self.parameters.values(),
             lr=config.lr,
@@ -192,9 +135,9 @@ class _Run:
     def go(self) -> None:
         if self.checkpoint.exists():
             self._restore()
-        self.adapted.prompts.requires_grad_(True)
+        self.adapted.learned.requires_grad_(True)
         self._learn()
-        self.adapted.prompts.requires_grad_(False)
+        self.adapted.learned.requires_grad_(False)
         config = self.config
         save_prompts(
             self.stage.path, self.adapted, self.images.classnames, config.seed, digest(self.stage.inputs)

@@ -20,11 +20,11 @@ from enum import StrEnum
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from patchsae.adaptation.adapted import Adapted
 from patchsae.adaptation.prompt_text import PackedTexts, TextTower
-from patchsae.clip.backbone import Backbone, zero_shot_weights
+from patchsae.clip.backbone import Backbone
 from patchsae.clip.towers import OpenClipTower
 from patchsae.runs.errors import PatchSAEError, choose
 
@@ -163,11 +163,10 @@ class PromptedTower(OpenClipTower):
         return torch.cat([tokens, prompt.to(tokens.dtype).expand(len(tokens), -1, -1)], 1)
 
 
-class AdaptedBackbone(Backbone):
+class AdaptedBackbone(Adapted):
     """Be a backbone with learned tokens, which shares all weights of the plain one.
 
-    `residual`, `finish`, `fingerprint` and the rest are a Backbone's; `class_weights` replaces
-    `zero_shot_weights`. `encode_text` stays the plain text tower.
+    `encode_text` stays the plain text tower.
     Raises PatchSAEError for towers that cannot take the prompts (see `fitting_text_tower`).
     """
 
@@ -183,32 +182,27 @@ class AdaptedBackbone(Backbone):
             tower=PromptedTower(plain.tower, prompts) if config.image_depth else plain.tower,
         )
         self.prompts, self.text_tower = prompts.to(self.device).eval(), text
-        self._plain = (plain,)  # in a tuple, so that its weights do not count twice
+        self._plain = (plain,)
 
     @property
-    def plain(self) -> Backbone:
-        """Return the backbone without prompts, cut at the same block."""
-        return self._plain[0].at_block(self.block)
+    def learned(self) -> Prompts:
+        """Return the learned tokens."""
+        return self.prompts
+
+    @property
+    def what(self) -> PromptConfig:
+        """Return which tokens were learned."""
+        return self.prompts.config
+
+    def text(self, classname: str) -> str:
+        """Return the prompt of a class, with places for the learned words where there are any."""
+        return self.prompts.config.text(classname)
+
+    def template(self) -> str:
+        return self.prompts.config.template
 
     def class_embeddings(self, texts: PackedTexts) -> Tensor:
-        """Return the embeddings [C, e], not normalised, of `pack_classes`."""
         return self.text_tower.encode(texts, self.prompts.text_prompts())
-
-    def pack_classes(self, classnames: Sequence[str]) -> PackedTexts:
-        """Pack the prompts of classes, with places for the learned words."""
-        return self.text_tower.pack([self.prompts.config.text(name) for name in classnames])
-
-    @torch.no_grad()
-    def class_weights(self, classnames: Sequence[str]) -> Tensor:
-        """Return one unit text vector per class, [n_classes, e] float32.
-
-        The text is context + name + "." with the learned words in it, where the method learns any, and
-        the configuration's template where it does not. Equal names stay separate rows.
-        Raises PatchSAEError for an empty list.
-        """
-        if self.text_tower is None or isinstance(classnames, str) or not len(classnames):
-            return zero_shot_weights(self, classnames, self.prompts.config.template)
-        return F.normalize(self.class_embeddings(self.pack_classes(classnames)).float(), dim=-1)
 
 
 def adapt(plain: Backbone, config: PromptConfig, seed: int = 0) -> AdaptedBackbone:
@@ -244,8 +238,8 @@ def fitting_text_tower(plain: Backbone, config: PromptConfig) -> TextTower | Non
     blocks, an image tower that is not open_clip's VisionTransformer, a text tower that is not CLIP's,
     and more learned words than its context holds.
     """
-    if isinstance(plain, AdaptedBackbone):
-        raise PatchSAEError(f"{plain.name} has learned tokens already: adapt the plain backbone.")
+    if isinstance(plain, Adapted):
+        raise PatchSAEError(f"{plain.name} is adapted already: adapt the plain backbone.")
     if config.image_depth and type(plain.tower) is not OpenClipTower:
         raise PatchSAEError(
             f"The image tower of {plain.name} is not open_clip's own VisionTransformer, so tokens cannot "

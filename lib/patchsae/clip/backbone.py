@@ -12,13 +12,13 @@ What differs between image towers is in a tower class (`towers`). A prompt-adapt
 says so in `token_kind`.
 """
 
+import contextlib
 import copy
 import functools
 import hashlib
-import itertools
 import json
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -32,13 +32,13 @@ import open_clip
 
 from patchsae.clip.files import find_clip
 from patchsae.clip.remembered import Remembered
+from patchsae.clip.token_store import TokenStore
 from patchsae.clip.towers import tower_of
 from patchsae.images.files import Frame, as_frame
 from patchsae.runs.checks import check_counts, check_finite
 from patchsae.runs.errors import PatchSAEError, brief
 from patchsae.runs.progress import progress_bar
 
-NUMBERS = itertools.count()  # of backbones that share a memory
 CACHE = 800_000  # bytes of tokens per thread; a block's hidden layer is four times that
 
 
@@ -76,16 +76,21 @@ class Backbone(nn.Module):
             return self.in_parts(lambda part: self.tower.run(self._embed(part), 0, self.block), batch)
 
         memory = self._shared.get("memory")
-        if memory is None or images.device.type != "cpu" or torch.is_grad_enabled():
-            return run(images)
-        return memory.tokens(f"{self._shared['number']}/{self.block}", images, run)
+        kept = memory and images.device.type == "cpu" and not torch.is_grad_enabled()
+        return memory.tokens(self.fingerprint(), images, run) if kept else run(images)
 
-    def remember(self, memory: Remembered) -> None:
-        """Keep tokens of the last images in `memory`; the weights, prompts too, may not change any more.
+    def remember(self, memory: Remembered | TokenStore | None) -> None:
+        """Ask `memory` for tokens first, in all `at_block` copies; not on a GPU, nor where gradients are."""
+        self._shared["memory"] = memory
 
-        Backbones may share one. On a GPU, and where gradients are taken, nothing is kept.
-        """
-        self._shared |= {"memory": memory, "number": next(NUMBERS)}
+    @contextlib.contextmanager
+    def remembering(self, memory: Remembered | TokenStore | None) -> Iterator[None]:
+        """Use another memory while the block lasts."""
+        before, self._shared["memory"] = self._shared.get("memory"), memory
+        try:
+            yield
+        finally:
+            self.remember(before)
 
     def finish(self, tokens: Tensor) -> Tensor:
         """Return the embeddings [B, e] that the rest of the tower makes of tokens [B, T, d].

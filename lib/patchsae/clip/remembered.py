@@ -30,8 +30,7 @@ class Remembered:
 
     def tokens(self, owner: str, images: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
         """Return `run(images)`: tokens [B, T, d] of images [B, 3, H, W], for what `owner` names."""
-        rows = images.detach().contiguous().view(torch.uint8).numpy()  # NumPy knows no bfloat16
-        keys = [hashlib.blake2b(row, digest_size=16, key=owner.encode()).digest() for row in rows]
+        keys = content_keys(owner, images)
         for store in self._stores.values():
             if keys and all(key in store.places for key in keys):
                 return store.rows[[store.touch(key) for key in keys]]
@@ -44,6 +43,13 @@ class Remembered:
             for key, row in zip(keys, found, strict=True):
                 store.keep(key, row)
         return found
+
+
+def content_keys(owner: str, images: Tensor) -> list[bytes]:
+    """Return 16 bytes for each of images [B, ...], by its content and by what is done with it."""
+    name = hashlib.blake2b(owner.encode(), digest_size=32).digest()
+    rows = images.detach().contiguous().view(torch.uint8).numpy()  # NumPy knows no bfloat16
+    return [hashlib.blake2b(row, digest_size=16, key=name).digest() for row in rows]
 
 
 class _Store:

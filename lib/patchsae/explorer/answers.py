@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchsae.adaptation.prompts import AdaptedBackbone
+from patchsae.adaptation.adapted import Adapted
 from patchsae.clip.backbone import Backbone, zero_shot_logits, zero_shot_weights
 from patchsae.clip.tail import Tail
 from patchsae.explorer.data import BATCH
@@ -127,7 +127,7 @@ class Answerer:
 
 def class_vectors(backbone: Backbone, names: Sequence[str], templates: Sequence[str]) -> Tensor:
     """Return one text vector per class, [C, e], with the words that an adapted model has learned."""
-    if isinstance(backbone, AdaptedBackbone):
+    if isinstance(backbone, Adapted):
         return backbone.class_weights(names)
     return zero_shot_weights(backbone, names, templates)
 

@@ -1,8 +1,7 @@
-"""Table 1 and what stands beside it: accuracy, groups of latents, seeds, and methods that learn less."""
+"""Table 1 and what stands beside it: accuracy, groups of latents, and prompts of several seeds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -15,11 +14,10 @@ from patchbook.report import Beyond, Finding, Verdict, beyond, finding
 from patchbook.scenes.catalogue import trained_mask
 from patchbook.scenes.sprites import STYLES
 from patchbook.tables import Table, fixed, in_percent, percent
-from patchsae.adaptation.prompts import Method
 from patchsae.adaptation.remapping import group_table, improvement_rate
 from patchsae.clip.backbone import zero_shot_weights
 from patchsae.images.benchmark_table import RECIPES
-from patchsae.runs.intervals import Interval, bootstrap, mcnemar
+from patchsae.runs.intervals import bootstrap, mcnemar
 
 MODELS = {"CLIP": CLIP, "MaPLe": MAPLE}
 REGIONS = ("high", "high_to_low", "low_to_high")
@@ -234,50 +232,3 @@ def seen_finding(pairs: Pairs) -> Beyond:
         effect=unseen.effect,
         effect_name="Cohen's d of the gain per image, unseen against seen",
     )
-
-
-class Alone(NamedTuple):
-    """Methods that learn words alone (CoOp) or image tokens alone (VPT) beside MaPLe."""
-
-    rows: dict[tuple[str, str], dict[str, object]]
-    vpt: dict[str, Interval]
-    """Accuracy on base classes, VPT minus MaPLe, by data set."""
-
-
-def learned_alone(a: Adaptation, prompt_seed: int) -> Alone:
-    """Classify the same images with CoOp and with VPT, where their prompts are there."""
-    rows, against, seed = {}, {}, a.run.seed
-    for t, half, others in _methods(a, prompt_seed):
-        about = t.halves[half]
-        right = {
-            "CLIP": t.right(half, CLIP).astype(float),
-            "CLIP, MaPLe's untrained prompt": hits(a.run.backbone, about.test, untrained_text(a, t, about))[
-                0
-            ],
-            "MaPLe": t.right(half, MAPLE).astype(float),
-        }
-        for title, model in others.items():
-            words = model.class_weights(about.part.classnames)
-            right[f"{title} alone"] = hits(model, about.test, words)[0]
-        row = {"chance": fixed(100 * about.chance, 1)}
-        row |= {label: percent(bootstrap(hit, seed)) for label, hit in right.items()}
-        for title in others:
-            row[f"{title} − CLIP"] = percent(bootstrap(right[f"{title} alone"] - right["CLIP"], seed))
-        rows[t.title, half] = row
-        if half == "base" and "VPT" in others:
-            against[t.title] = bootstrap(right["VPT alone"] - right["MaPLe"], seed)
-    return Alone(rows, against)
-
-
-def _methods(a: Adaptation, seed: int) -> Iterator[tuple[Task, str, dict]]:
-    for name, t in a.tasks.items():
-        found = {"CoOp": a.prompts(name, seed, Method.COOP), "VPT": a.prompts(name, seed, Method.VPT)}
-        others = {title: model for title, model in found.items() if model}
-        for half in t.halves if others else ():
-            yield t, half, others
-
-
-def alone_table(alone: Alone) -> Table | None:
-    """Return accuracies of the methods; None where no prompts of them are there."""
-    caption = "Accuracy in % of words learned alone (CoOp) and image tokens learned alone (VPT)."
-    return Table(caption, alone.rows, ("data set", "classes"), folded=True) if alone.rows else None

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from patchbook.chapters.adaptation.accuracy import Alone, Pairs
+from patchbook.chapters.adaptation.accuracy import Pairs
 from patchbook.chapters.adaptation.groups import correlations
 from patchbook.chapters.adaptation.ranked import Ranked
 from patchbook.chapters.adaptation.tasks import CLIP, MAPLE, Adaptation, Task, pooled
@@ -138,16 +138,11 @@ def mixture_table(found: Mixtures) -> Table | None:
 
 
 def summary(
-    a: Adaptation, ranked: Ranked, pairs: Pairs | None, mixtures: Sequence[Mixtures], alone: Alone
+    a: Adaptation, ranked: Ranked, pairs: Pairs | None, mixtures: Sequence[Mixtures], others: Sequence[str]
 ) -> list[str]:
     """Return what the run says of adaptation, sentence by sentence."""
     off, r = {t.title: t.off_diagonal.mean() for t in a.tasks.values()}, correlations(a)
     gain, novel = a.over_sets(Task.moved), a.over_sets(lambda t: t.moved("novel"))
-    compared = {
-        Verdict.REPRODUCED: "clearly more than MaPLe",
-        Verdict.DIFFERS: "clearly less than MaPLe",
-        Verdict.OPEN: "neither clearly more nor less than MaPLe",
-    }
     return [
         f"The largest gain on base classes is on {a.lead.title}, {percent(a.gain[a.by_gain[0]])} points; "
         f"the most latents leave the diagonal on {max(off, key=off.get)}, and the correlation of counts is "
@@ -156,11 +151,7 @@ def summary(
         f"{percent(novel)}.",
         *([pairs.unseen.judged.why] if pairs else []),
         *(found.conclusion for found in mixtures),
-        *(
-            f"Image tokens alone (VPT) gain {compared[above(change)]} on base classes of {title}: "
-            f"{percent(change)} points between them."
-            for title, change in alone.vpt.items()
-        ),
+        *others,
         "Masked to the top k, on base and on novel classes, accuracy changes by "
         f"{_both(ranked.change('ranks'))} points if MaPLe ranks the latents, and by "
         f"{_both(ranked.change('classifies'))} if MaPLe classifies.",

@@ -1,0 +1,207 @@
+"""Other ways to adapt: words or image tokens alone (CoOp, VPT), CLIP's own weights (LoRA, all of them)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from patchbook.chapters.adaptation.accuracy import untrained_text
+from patchbook.chapters.adaptation.mixtures import Divided, divide
+from patchbook.chapters.adaptation.tasks import CLIP, MAPLE, Adaptation, Task, hits, in_words
+from patchbook.chapters.opening import MEMORY
+from patchbook.chapters.verdicts_of_models import Judged, is_above
+from patchbook.lessons import Lesson
+from patchbook.report import Beyond, Reason, Verdict, above, beyond
+from patchbook.tables import Table, fixed, in_percent, percent
+from patchsae.adaptation.prompts import Method
+from patchsae.adaptation.remapping import Mixed, Parts, class_counts, compare_counts, mix_models
+from patchsae.adaptation.weights import Change
+from patchsae.clip.backbone import Backbone
+from patchsae.latents.atlas import AtlasConfig
+from patchsae.runs.intervals import Interval, bootstrap
+
+TITLES = {Method.COOP: "CoOp", Method.VPT: "VPT", Change.LORA: "LoRA", Change.FULL: "Fine-tuning"}
+WEIGHTS = tuple(TITLES[method] for method in Change)
+
+
+class Way(NamedTuple):
+    """One way to adapt, on one data set, beside CLIP on the same test images."""
+
+    mixed: dict[str, Mixed]
+    """Ranks of the true class under every mixture with CLIP, by half of the classes."""
+    sizes: dict[str, float]
+    """Latents per base class that are high in both models, or off the diagonal."""
+
+    def right(self, half: str, parts: Parts) -> np.ndarray:
+        """Tell which test images a mixture gets right: 0 or 1, [N]."""
+        return (self.mixed[half].tokens[parts] == 0).astype(float)
+
+    def moved(self, half: str = "base") -> np.ndarray:
+        """Return for each test image 1 where the adapted model alone is right, -1 where CLIP alone is."""
+        return self.right(half, MAPLE) - self.right(half, CLIP)
+
+    def divided(self, seed: int) -> Divided | None:
+        """Divide the gain on base classes among the model's parts; None where there is no clear gain."""
+        gain = bootstrap(self.moved(), seed)
+        return (
+            divide({p: self.right("base", p) for p in self.mixed["base"].tokens}, seed)
+            if (gain.low > 0)
+            else None
+        )
+
+
+class Others(NamedTuple):
+    """All ways to adapt of which this run has models, on the data sets that have any but MaPLe's."""
+
+    adaptation: Adaptation
+    ways: dict[str, dict[str, Way]]
+    """By name of the data set and title of the way; MaPLe is the first."""
+    untrained: dict[tuple[str, str], np.ndarray]
+    """Right or wrong with CLIP and MaPLe's untrained prompt, by data set and half."""
+
+    def task(self, name: str) -> Task:
+        """Return a data set under CLIP and MaPLe."""
+        return self.adaptation.tasks[name]
+
+
+def other_ways(a: Adaptation, prompt_seed: int) -> Others:
+    """Mix CLIP with models that were adapted in other ways, where they are there."""
+    ways, untrained = {}, {}
+    for name, t in a.tasks.items():
+        models = {title: a.prompts(name, prompt_seed, method) for method, title in TITLES.items()}
+        models = {title: model for title, model in models.items() if model}
+        if not models:
+            continue
+        known = Way({half: about.mixed for half, about in t.halves.items()}, _sizes(t, t.base_counts[1]))
+        ways[name] = {"MaPLe": known} | {title: _way(a, t, model) for title, model in models.items()}
+        for half, about in t.halves.items():
+            text = untrained_text(a, t, about)
+            untrained[name, half] = hits(a.run.backbone, about.test, text)[0]
+    return Others(a, ways, untrained)
+
+
+def _way(a: Adaptation, t: Task, model: Backbone) -> Way:
+    run, mixed = a.run, {}
+    model.remember(MEMORY)
+    for half, about in t.halves.items():
+        texts = t.texts[0][about.keep], model.class_weights(about.part.classnames)
+        mixed[half] = mix_models(run.sae, run.sae_hash, run.backbone, model, about.test, texts, run.root)
+    atlas = run.atlas(t.train, AtlasConfig(tau=a.settings.tau, k=a.settings.k), model)
+    return Way(mixed, _sizes(t, class_counts(atlas)[t.halves["base"].keep]))
+
+
+def _sizes(t: Task, counts: np.ndarray) -> dict[str, float]:
+    groups = compare_counts(t.base_counts[0], counts)
+    return {name: float(members.sum(1).mean()) for name, members in groups._asdict().items()}
+
+
+def accuracy_of_ways(others: Others) -> Table | None:
+    """Return the accuracy of each way and its gain over CLIP, both halves; None without any."""
+    rows, seed = {}, others.adaptation.run.seed
+    for name, ways in others.ways.items():
+        t = others.task(name)
+        for half, about in t.halves.items():
+            row: dict[str, object] = {
+                "chance": fixed(100 * about.chance, 1),
+                "CLIP": percent(bootstrap(t.right(half, CLIP), seed)),
+                "CLIP, MaPLe's untrained prompt": percent(bootstrap(others.untrained[name, half], seed)),
+            }
+            for title, way in ways.items():
+                row[title] = percent(bootstrap(way.right(half, MAPLE), seed))
+            for title, way in ways.items():
+                row[f"{title} − CLIP"] = percent(bootstrap(way.moved(half), seed))
+            rows[t.title, half] = row
+    caption = (
+        "Accuracy in % of words alone (CoOp), image tokens alone (VPT) and CLIP's own weights (LoRA, "
+        "fine-tuning of the image tower)."
+    )
+    return Table(caption, rows, ("data set", "classes"), folded=True) if rows else None
+
+
+def parts_of_ways(others: Others) -> Table | None:
+    """Return where the gain of each way lies, and how many latents of a class move; None without any."""
+    rows, seed = {}, others.adaptation.run.seed
+    for name, ways in others.ways.items():
+        for title, way in ways.items():
+            divided = way.divided(seed)
+            shares = ("mapping", "words", "stream", "more")
+            told = {share: percent(getattr(divided, share), 0) if divided else "–" for share in shares}
+            rows[others.task(name).title, title] = {
+                "gain on base, points": percent(bootstrap(way.moved(), seed)),
+                "on novel": percent(bootstrap(way.moved("novel"), seed)),
+                "mapping, % of the gain": told["mapping"],
+                "its words alone, %": told["words"],
+                "stream, %": told["stream"],
+                "mapping − stream": told["more"],
+                "high in both": fixed(way.sizes["high"], 1),
+                "off the diagonal": fixed(way.sizes["high_to_low"] + way.sizes["low_to_high"], 1),
+            }
+    caption = (
+        "Where the gain of each way lies, and latents per base class that are high in both models or "
+        "high in one and low in the other."
+    )
+    return Table(caption, rows, ("data set", "adapted by")) if rows else None
+
+
+def weights_finding(others: Others) -> Beyond | None:
+    """Judge that the gain of adapted weights lies in what is seen; None where no weights were adapted."""
+    found = [way for ways in others.ways.values() for title, way in ways.items() if title in WEIGHTS]
+    if not found:
+        return None
+    seed = others.adaptation.run.seed
+    right = {
+        p: np.concatenate([way.right("base", p) for way in found]) for p in found[0].mixed["base"].tokens
+    }
+    gain = bootstrap(right[MAPLE] - right[CLIP], seed)
+    sizes = {key: float(np.mean([way.sizes[key] for way in found])) for key in found[0].sizes}
+    about = f"LoRA and fine-tuning gain {percent(gain)} points. Latents per base class: {in_words(sizes)}."
+    if gain.low <= 0:
+        judged, less = Judged(Verdict.OPEN, Reason.FEW, f"There is no clear gain to divide. {about}"), None
+    else:
+        divided = divide(right, seed)
+        less = in_percent(Interval(-divided.more.value, -divided.more.high, -divided.more.low))
+        judged = is_above(
+            less,
+            why=f"{about} CLIP's stream with the adapted rest keeps {percent(divided.mapping, 0)} % of it, "
+            f"the adapted stream with CLIP's rest {percent(divided.stream, 0)} %.",
+        )
+    return beyond(
+        "Where CLIP's own weights are adapted, most of the gain lies in what is seen",
+        label="other-ways",
+        quantity="share of the gain on base classes, stream minus mapping",
+        ours=less,
+        unit="points",
+        rule="the interval lies above 0",
+        **judged._asdict(),
+        effect=None if less is None else less.value / 100,
+        effect_name="share of the gain, stream minus mapping",
+    )
+
+
+def ways_lesson(found: Beyond) -> Lesson:
+    """Say where the gain lies when weights are adapted."""
+    return Lesson(f"Adapting CLIP's weights instead of its prompts: {found.why}", "other-ways", 4)
+
+
+def against_maple(others: Others) -> list[str]:
+    """Say of each way whether it gains more on base classes than MaPLe, on the same images."""
+    compared = {
+        Verdict.REPRODUCED: "clearly more than MaPLe",
+        Verdict.DIFFERS: "clearly less than MaPLe",
+        Verdict.OPEN: "neither clearly more nor less than MaPLe",
+    }
+    seed, lines = others.adaptation.run.seed, []
+    for name, ways in others.ways.items():
+        maple, told = ways["MaPLe"].right("base", MAPLE), []
+        for title, way in ways.items():
+            if title != "MaPLe":
+                change = bootstrap(way.right("base", MAPLE) - maple, seed)
+                told.append(f"{title} gains {compared[above(change)]} ({percent(change)} points)")
+        lines.append(f"On base classes of {others.task(name).title}, {_listed(told)}.")
+    return lines
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
