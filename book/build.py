@@ -48,6 +48,8 @@ GPUS = "book/gpus"  # another, from the files of `make gpu`
 DIGEST = "book/digest.txt"  # and what the introduction includes of it, no page of its own
 CARD = "book/data_card"  # a page whose pictures are drawn here
 MATHJAX = "tex-svg-full.js"
+DECIDING = {"images", "expansion", "l1", "ghost", "seed", "block", "model", "activation", "active"}
+"""Parameters that decide which autoencoder a chapter reads."""
 SMALL = "book/small.yml"  # parameters of each notebook for a build whose numbers mean nothing
 
 
@@ -81,7 +83,8 @@ def execute_notebooks(
     """
     found = {Path(page).name: page for page in pages(root) if page.startswith("book/notebooks/")}
     # With other settings it is trained by whoever asks first, and the others wait.
-    shipped = (root / "artefacts" / "sae" / "index.json").is_file() and not parameters
+    other = any(DECIDING & set(given) for given in parameters.values())
+    shipped = (root / "artefacts" / "sae" / "index.json").is_file() and not other
     executed = execute(root, build, list(found), parameters, shipped)
     drawn: list[dict] = []
     for name in found:

@@ -13,7 +13,7 @@ import time
 import traceback
 from pathlib import Path
 
-IMAGES = 400
+IMAGES = 240
 
 
 def train(root: Path, options: dict) -> None:
@@ -28,7 +28,7 @@ def train(root: Path, options: dict) -> None:
 
 
 def describe(root: Path, options: dict) -> None:
-    """Make an atlas of 400 scenes under `root`, saved after every fourth."""
+    """Make an atlas of 240 scenes under `root`, saved after every fourth."""
     import numpy as np
     from test_atlas import make
     from tiny import tiny_images

@@ -12,6 +12,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from patchbook.executing import execute
+from patchbook.run import NotebookFailed
 from patchsae.runs.stage import project_root
 
 ROOT = project_root()
@@ -149,16 +150,17 @@ def test_a_change_of_text_is_on_the_page_and_executes_nothing(book):
     assert "Another title" in page and "The end." in page
 
 
-def test_a_failing_notebook_stops_the_build_and_loses_nothing(book):
+def test_a_failing_notebook_stops_the_build_and_loses_nothing(book, capsys):
     write_notebook(book / "notebooks", "02_second", "1 / 0")
     failed = build(book)
     assert failed.returncode == 1
     assert "ZeroDivisionError" in failed.stderr and "failed.ipynb" in failed.stderr
     # It is not trusted by the next build either, and what was executed before stays.
-    assert executed(build(book)) == ["02_second"]
+    with pytest.raises(NotebookFailed):
+        executes(book, capsys)
+    assert named(capsys.readouterr().out) == ["02_second"]
     write_notebook(book / "notebooks", "02_second", SECOND)
-    mended = build(book)
-    assert mended.returncode == 0 and executed(mended) == []
+    assert executes(book, capsys) == []
 
 
 def test_an_unfinished_stage_is_not_trusted(book, capsys):

@@ -151,14 +151,14 @@ def test_tables_have_captions_and_numbers_for_people(chapters):
 
 
 def test_all_chapters_describe_the_sae_of_the_first(chapters):
-    names = {re.search(r"512 latents, from (sae-\w+)", text_of(path))[1]
+    names = {re.search(r"1,024 latents, from (sae-\w+)", text_of(path))[1]
              for name, path in chapters.items() if name not in ("01_training", "06_appendix")}  # fmt: skip
     assert len(names) == 1
 
 
 def test_training_shows_what_is_kept(chapters):
     shown = text_of(chapters["01_training"])
-    assert "512 latents on 128 dimensions, 201,728 tokens seen" in shown
+    assert "1,024 latents on 128 dimensions" in shown
     kept = re.search(r"All concepts\*\*: ([\d.]+) % .* ([\d.]+) % through the SAE", " ".join(shown.split()))
     assert 0 <= float(kept[2]) <= 100 and float(kept[1]) > 10
     assert "CLS reconstructed by the SAE" in shown and "paper: −0.077" in shown
@@ -192,7 +192,10 @@ def test_adaptation_compares_both_models_on_all_data_sets(chapters):
     shown = text_of(chapters["05_adaptation"])
     assert "197 tokens × 128" in shown and "199 tokens × 128" in shown
     assert "through SAE" in shown and "membership" in shown and "low-to-high" in shown
-    assert shown.count("Silhouettes") >= 4 and "sd over seeds" in shown and "CoOp alone" in shown
+    assert (
+        shown.count("Silhouettes") >= 4 and "sd over seeds" in shown and "image tokens alone (VPT)" in shown
+    )
+    assert "LoRA − CLIP" in shown and "mapping − stream" in shown and "Adapting CLIP's weights" in shown
     assert "if MaPLe ranks the latents" in shown
     assert "Beyond the paper" in shown and "Pairs never seen gain" in shown
     assert figures_of(chapters["05_adaptation"]) >= 10
@@ -218,13 +221,13 @@ def test_statistics_at_the_paper_scale_and_full_size(tmp_path, imagenet):
     """Full-size random ViT-B/16."""
     out = tmp_path / "02.ipynb"
     values = {
-        "scale": "paper", "data": str(imagenet), "model": "ViT-B-16-quickgelu", "images": 16,
-        "expansion": 1, "atlas_images": 24, "k": 2, "dataset_images": 4,
+        "scale": "paper", "data": str(imagenet), "model": "ViT-B-16-quickgelu", "images": 4,
+        "expansion": 1, "atlas_images": 8, "k": 2, "dataset_images": 2,
         "results": str(tmp_path / "results"),
     }  # fmt: skip
     run_notebook(project_root() / "notebooks" / "02_statistics.ipynb", out, values)
     shown = text_of(out)
-    assert "197 tokens × 768" in shown and "24 images, 4,728 tokens" in shown
+    assert "197 tokens × 768" in shown and "8 images, 1,576 tokens" in shown
     assert "has no object masks" in shown
 
 
@@ -304,7 +307,7 @@ def test_chapters_at_the_paper_scale(tmp_path, photographs, imagenet, name):
     if name == "05_adaptation":
         assert "52 tokens × 32" in shown  # with two learned ones
         assert "tiny_clip+maple" in shown and "Flowers" in shown and "paper: CLIP %" in shown
-        assert "No prompts of CoOp or VPT were found" in shown
+        assert "Nothing but MaPLe was found" in shown
 
 
 @pytest.fixture(scope="module")

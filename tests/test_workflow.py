@@ -133,7 +133,7 @@ def test_a_sweep_runs_every_combination_once_after_what_it_reads(tmp_path):
         assert made == before, output
     adapted = jobs["clip/seed1/sketch_objects/prompt_seed3/05_adaptation.ipynb"]
     assert "-p seed 1 -p dataset sketch_objects -p prompt_seed 3 " in adapted["shell"]
-    assert "-p sizes '[1, 50, 512]'" in adapted["shell"] and "-p results results/small" in adapted["shell"]
+    assert "-p sizes '[1, 50, 1024]'" in adapted["shell"] and "-p results results/small" in adapted["shell"]
     assert adapted["log"].endswith("/05_adaptation.log") and adapted["threads"] == "2"
     assert "mem_mb=4000" in adapted["resources"] and "gpu" not in adapted["resources"]
 

@@ -117,9 +117,9 @@ RECIPES = {
     "gpu": (*CPU, LONG, LONGER),
     "cpu": CPU,
     "tiny": (
-        Phase(256, 56, 1.0, EASY),
-        Phase(128, 112, 0.5, HARD),
-        replace(PLAIN, images=64, batch=32, mosaics=8),
+        Phase(64, 56, 1.0, EASY),
+        Phase(32, 112, 0.5, HARD),
+        replace(PLAIN, images=32, batch=16, mosaics=4),
     ),
 }
 

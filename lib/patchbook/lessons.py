@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import nbformat
+from typing import TYPE_CHECKING, Any
 
 from patchbook.report import Finding, Verdict
+
+if TYPE_CHECKING:  # a chapter says its lessons without it, and its import takes over a second
+    import nbformat
 
 KEY = "patchsae-lesson"
 """Where a lesson stands in its output's metadata."""
@@ -47,11 +48,15 @@ def read_lessons(notebook: nbformat.NotebookNode) -> list[Lesson]:
 
 def lessons_of(path: str | Path) -> list[Lesson]:
     """Return the lessons of an executed notebook's file."""
+    import nbformat
+
     return read_lessons(nbformat.read(path, as_version=4))
 
 
 def put_first(notebook: nbformat.NotebookNode) -> None:
     """Open an executed notebook with its lessons, right below its title; one without any stays as it is."""
+    import nbformat
+
     if found := read_lessons(notebook):
         cell = nbformat.v4.new_markdown_cell(_section(found), id="what-we-learned")
         notebook.cells.insert(1, cell)

@@ -35,8 +35,9 @@ class Change(StrEnum):
     FULL = "full"  # the image tower, freely
 
 
-LR = {Change.LORA: 0.1, Change.FULL: 0.01}
-"""Step sizes."""
+LR = {Change.LORA: 0.1, Change.FULL: 1e-5}
+"""Step sizes for the small CLIP, five passes in batches of four: of 0.003 … 0.3 (lora), 3e-6 … 0.03 (full)
+the ones most accurate on training images of two data sets that nothing was learned from."""
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ class Backbone(nn.Module):
         return memory.tokens(self.fingerprint(), images, run) if kept else run(images)
 
     def remember(self, memory: Remembered | TokenStore | None) -> None:
-        """Ask `memory` for tokens first, in all `at_block` copies; not on a GPU, nor where gradients are."""
+        """Ask `memory` for tokens first, in all `at_block` copies, but on a GPU and where gradients are."""
         self._shared["memory"] = memory
 
     @contextlib.contextmanager
