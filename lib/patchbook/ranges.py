@@ -70,7 +70,7 @@ RANGES: Mapping[str, Range] = {
     **_each(
         "benchmark_images live_images ghost_images atlas_images dataset_images mask_images truth_images "
         "truth_pairs known_scenes classes block_atlas_images words word_images own_rank_images "
-        "contrast_images draws match_latents learned_images purity_images "
+        "contrast_images draws match_latents learned_images purity_images probe_images probe_concepts "
         "images expansion active own_sae_images own_atlas_images block_images row_images different_images "
         "gallery_images k references top random sizes",
         Range(1),

@@ -12,7 +12,6 @@ from patchbook.chapters.adaptation.mixtures import Divided, divide
 from patchbook.chapters.adaptation.tasks import CLIP, MAPLE, Adaptation, Task, hits, in_words
 from patchbook.chapters.opening import MEMORY
 from patchbook.chapters.verdicts_of_models import Judged, is_above
-from patchbook.lessons import Lesson
 from patchbook.report import Beyond, Reason, Verdict, above, beyond
 from patchbook.tables import Table, fixed, in_percent, percent
 from patchsae.adaptation.prompts import Method
@@ -178,11 +177,6 @@ def weights_finding(others: Others) -> Beyond | None:
         effect=None if less is None else less.value / 100,
         effect_name="share of the gain, stream minus mapping",
     )
-
-
-def ways_lesson(found: Beyond) -> Lesson:
-    """Say where the gain lies when weights are adapted."""
-    return Lesson(f"Adapting CLIP's weights instead of its prompts: {found.why}", "other-ways", 4)
 
 
 def against_maple(others: Others) -> list[str]:
