@@ -17,6 +17,7 @@ from patchbook.train_prompts import main
 from patchsae.adaptation import prompt_training
 from patchsae.adaptation.prompt_files import find_prompts, read_card
 from patchsae.adaptation.prompts import Method
+from patchsae.adaptation.weights import LR, Change
 from patchsae.clip.backbone import load_backbone
 from patchsae.images.benchmark_sets import open_benchmark
 from patchsae.images.few_shot import read_manifest
@@ -89,6 +90,18 @@ def test_methods_and_settings_reach_the_run(tmp_path, run, clip):
     assert recipe["crop_scale"] == [0.4, 0.9] and recipe["batch_size"] == 2 and recipe["lr"] == 0.0035
 
 
+def test_weights_are_adapted_by_the_same_command(tmp_path, clip, data):
+    where = ["--prompts", str(tmp_path / "prompts"), "--work", str(tmp_path / "work of prompts")]
+    small = ["--shots", "2", "--batch", "2", "--epochs", "2", "--quiet", "--dataset", "eurosat"]
+    paper = ["--scale", "paper", "--data", str(data), "--model", str(clip)]
+    assert main([*paper, *where, *small, "--method", "lora", "--rank", "3"]) == 0
+    plain = load_backbone(str(clip), block=3)
+    tuned = find_prompts(tmp_path / "prompts", "eurosat", plain, method=Change.LORA)
+    assert tuned.what.rank == 3 and tuned.n_tokens == plain.n_tokens and "{}" in tuned.what.template
+    (manifest,) = (tmp_path / "work of prompts").glob("prompts-*/manifest.json")
+    assert json.loads(manifest.read_text())["inputs"]["train"]["lr"] == LR[Change.LORA]
+
+
 def test_what_is_there_is_left_alone(tmp_path, run, capsys, monkeypatch):
     assert run("--dataset", "eurosat") == 0
     card = tmp_path / "prompts/maple/eurosat/seed1/prompts.json"
@@ -137,6 +150,9 @@ def test_prompts_of_an_embedded_set(tmp_path):
     (["--scale", "paper", "--data", "EMPTY"], "holds none of the eleven benchmarks"),
     (["--scale", "paper", "--data", "EMPTY", "--dataset", "dtd"], "DATASETS.md#dtd"),
     (["--dataset", "eurosat"], "dataset='eurosat' is unknown; choose one of concepts"),
+    (["--method", "lora", "--depth", "3"], "--depth means nothing for --method lora: leave it out"),
+    (["--rank", "3"], "--rank means nothing for --method maple: leave it out"),
+    (["--method", "lora", "--rank", "0"], "rank=0 must be a whole number"),
     (["--method", "cocoop"], "--method 'cocoop' is unknown; choose one of maple, coop, vpt, lora, full"),
     (["--dataset", "silhouettes", "--shots", "0"], "shots=0 must be a whole number of at least 1"),
     (["--dataset", "silhouettes", "--seed", "-1"], "seed=-1 must not be negative"),

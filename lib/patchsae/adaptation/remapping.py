@@ -129,7 +129,8 @@ class Parts(NamedTuple):
     """What is seen: CLS and patches after the hooked block."""
     prompt_tokens: int
     """The learned image tokens, those beside the stream and those that later blocks get, if there are any.
-    All else after the hook is the same in both; one that entered early has looked at the image since."""
+    One that entered early has looked at the image since. Where weights were adapted, the blocks after the
+    hook belong here; otherwise all else after it is the same in both models."""
     words: int
     """The text vectors of the classes."""
 

@@ -43,12 +43,9 @@ class Way(NamedTuple):
 
     def divided(self, seed: int) -> Divided | None:
         """Divide the gain on base classes among the model's parts; None where there is no clear gain."""
-        gain = bootstrap(self.moved(), seed)
-        return (
-            divide({p: self.right("base", p) for p in self.mixed["base"].tokens}, seed)
-            if (gain.low > 0)
-            else None
-        )
+        if bootstrap(self.moved(), seed).low <= 0:
+            return None
+        return divide({parts: self.right("base", parts) for parts in self.mixed["base"].tokens}, seed)
 
 
 class Others(NamedTuple):
