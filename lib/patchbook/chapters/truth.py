@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -191,15 +191,21 @@ def strongest(
     Float32 [N, U] by dictionary, and [N, d]; the tower sees a scene once.
     """
     highest, means = {name: [] for name in units}, []
-    steps = range(0, len(plan.concepts), batch_size)
-    for first in progress_bar(steps, desc="scenes of known truth", leave=False):
-        part = Layout(*(field[first : first + batch_size] for field in plan))
-        scenes = paint(part, split, backbone.image_size, backbone.device)
-        x = patch_tokens(backbone, scenes.images)
+    for x in progress_bar(
+        _tokens(backbone, plan, split, batch_size), desc="scenes of known truth", leave=False,
+        total=-(-len(plan.concepts) // batch_size),
+    ):  # fmt: skip
         means.append(x.mean(1).cpu().numpy())
         for name, unit in units.items():
             highest[name].append(unit(x.flatten(0, 1)).unflatten(0, x.shape[:2]).amax(1).cpu().numpy())
     return {name: np.concatenate(rows) for name, rows in highest.items()}, np.concatenate(means)
+
+
+def _tokens(backbone: Backbone, plan: Layout, split: str, batch_size: int = 16) -> Iterator[Tensor]:
+    """Draw the scenes of a plan a few at a time, and yield their patch tokens [B, P, d]."""
+    for first in range(0, len(plan.concepts), batch_size):
+        part = Layout(*(field[first : first + batch_size] for field in plan))
+        yield patch_tokens(backbone, paint(part, split, backbone.image_size, backbone.device).images)
 
 
 @torch.no_grad()
@@ -211,9 +217,9 @@ def known_truth(sae: SAE, backbone: Backbone, config: TruthConfig | None = None)
     supervised directions read the mean patch token, never a mask.
     """
     config = config or TruthConfig()
-    key, size = f"truth/{config.seed}", backbone.image_size
-    fit = paint(plan_scenes(config.fit_images, f"{key}/fit"), "train", size, backbone.device).images
-    x = torch.cat([patch_tokens(backbone, images) for images in fit.split(16)]).flatten(0, 1)
+    key = f"truth/{config.seed}"
+    fit = plan_scenes(config.fit_images, f"{key}/fit")
+    x = torch.cat(list(_tokens(backbone, fit, "train"))).flatten(0, 1)
     units = dictionaries(sae, x, config.seed)
     half = config.images // 2
     plans = [plan_scenes(n, f"{key}/{part}") for part, n in (("a", half), ("b", config.images - half))]
