@@ -15,7 +15,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from patchbook.parameters import check_parameters
-from patchbook.run import main
+from patchbook.run import _resident, main
 from patchsae.runs.errors import PatchSAEError
 
 PARAMETERS = '''"""Sizes and places."""
@@ -334,3 +334,29 @@ def test_a_run_that_is_stopped_keeps_what_was_done(notebook, tmp_path, name):
     assert "Traceback" not in said and not psutil.pid_exists(int(mark.read_text()))
     assert [path.name for path in out.parent.iterdir()] == ["o.failed.ipynb"]
     assert texts(out.with_name("o.failed.ipynb")) == "first\n"
+
+
+FORKS = """
+import os, sys, time
+held = bytearray(200_000_000)
+if not os.fork():
+    time.sleep(60)
+os.execvp("sleep", ["sleep", "60"]) if sys.argv[1] == "other" and not os.fork() else time.sleep(60)
+"""
+
+
+def test_a_process_about_to_become_another_does_not_count_twice():
+    """For a moment a kernel that starts a program is there twice, with all of its memory."""
+    started = subprocess.Popen([sys.executable, "-c", FORKS, "other"])
+    try:
+        kernel = psutil.Process(started.pid)
+        while len(children := kernel.children()) < 2 or not any("sleep" in c.name() for c in children):
+            time.sleep(0.05)
+        assert sorted(c.name() == "sleep" for c in children) == [False, True]
+        for child in children:
+            assert (_resident(child) > 0) == (child.name() == "sleep")
+        assert _resident(kernel) > 190_000_000
+    finally:
+        for process in (*psutil.Process(started.pid).children(recursive=True), started):
+            process.kill()
+        started.wait()

@@ -266,6 +266,9 @@ def _reason(source: Path, failed: Path, error: Exception) -> str:
 
 def _resident(process: psutil.Process) -> int:
     try:
+        parent = process.parent()
+        if parent and parent.cmdline() == process.cmdline():
+            return 0  # about to become another program: until then its memory is its parent's
         return process.memory_info().rss
     except psutil.Error:  # it has ended meanwhile
         return 0
