@@ -2,6 +2,8 @@
 
 import csv
 import io
+import subprocess
+import sys
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -112,3 +114,13 @@ def test_a_text_that_is_too_small_is_noticed():
     axis.tick_params(labelsize=2)  # not drawn
     assert showing.smallest_text(figure) == 5
     plt.close(figure)
+
+
+def test_a_chapter_loads_the_figures_that_it_draws_and_no_others():
+    """So that a change of another figure does not run it again."""
+    code = (
+        "import sys; from patchbook import figures; figures.learning_curve; "
+        "print(sorted(m.split('.')[2] for m in sys.modules if m.startswith('patchbook.figures.')))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "['parts', 'showing', 'training']"
