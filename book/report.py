@@ -126,7 +126,7 @@ def write_digest(report: Mapping[str, Any], path: Path) -> None:
     lines = [
         '<div class="found">', *_claims(report), f"<p>{outside}</p>", *_picture(report), "</div>", "",
         f"In this run, at scale {_scale(report)}, of the {sum(counts.values())} figures and tables of the "
-        f"paper that a run can refute: **{told}** ([all of them](report.md)).",
+        f"paper that a run can refute: **{told}** ([row by row](report.md)).",
         "",
         "The main result of each chapter:", "", *_main_results(report), "",
     ]  # fmt: skip
@@ -325,7 +325,7 @@ def _undecided(report: Mapping[str, Any]) -> list[str]:
     if not open_rows:
         return []
     lines = [f"* **{reason}**: {', '.join(rows)}" for reason, rows in open_rows.items()]
-    return ["## Not decided, by reason", "", *lines, ""]
+    return ["## Not decided, or for the paper's scale, by reason", "", *lines, ""]
 
 
 def _index(report: Mapping[str, Any]) -> list[str]:

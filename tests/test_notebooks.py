@@ -195,7 +195,7 @@ def test_adaptation_compares_both_models_on_all_data_sets(chapters):
     assert (
         shown.count("Silhouettes") >= 4 and "sd over seeds" in shown and "image tokens alone (VPT)" in shown
     )
-    assert "LoRA − CLIP" in shown and "mapping − stream" in shown and "LoRA and fine-tuning gain" in shown
+    assert "LoRA − CLIP" in shown and "mapping − stream" in shown and "LoRA gains" in shown
     assert "if MaPLe ranks the latents" in shown
     assert "Beyond the paper" in shown and "Pairs never seen gain" in shown
     assert figures_of(chapters["05_adaptation"]) >= 10

@@ -101,8 +101,8 @@ def explained(truth: Truth) -> Beyond:
     found = Interval(*(100 * v for v in trained))
     ahead = "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * v for v in truth.ahead))
     why = (
-        f"Of an untrained SAE of the same L0 {100 * untrained.value:.1f} % are; the difference is {ahead} "
-        "points."
+        f"Of the trained one {100 * trained.value:.1f} % are, of an untrained SAE of the same L0 "
+        f"{100 * untrained.value:.1f} %; the difference is {ahead} points."
     )
     return beyond(
         "Most living latents are explained by a known factor",

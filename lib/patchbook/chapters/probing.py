@@ -192,15 +192,19 @@ def probe_table(found: Probed, seed: int) -> Table:
     """Return what few features tell, and what latents do, against an untrained autoencoder."""
     rows: dict[str, dict[str, object]] = {}
     for (kind, k), area in found.auroc.items():
-        name = "all (largest and mean token)" if k is None else str(k)
-        rows.setdefault(f"AUROC by {name}", {})[kind] = estimate(bootstrap(area, seed), 3)
+        name = {None: "of all features (largest and mean token)", 1: "of one feature"}.get(
+            k, f"of {k} features"
+        )
+        rows.setdefault(f"AUROC {name}", {})[kind] = estimate(bootstrap(area, seed), 3)
     for title, of in (
-        ("its latent is silent on it, % of patches", found.missed),
-        ("absorbed by another, % of patches", found.absorbed),
-        ("right answers that change without it, %", found.removed),
-        ("other answers that it steers to its class, %", found.steered),
+        ("patches of a concept where its latent is silent, %", found.missed),
+        ("… and one other stands in for it, %", found.absorbed),
+        ("right answers that change without the class's latent, %", found.removed),
+        ("images that a class's latent steers to that class, %", found.steered),
     ):
-        rows[title] = {name: percent(bootstrap(values, seed)) for name, values in of.items()}
+        rows[title] = {name: percent(bootstrap(values, seed)) for name, values in of.items()} | {
+            STREAM: "–"
+        }
     caption = (
         f"{len(found.auroc[TRAINED, 1])} concepts by few features, and what the latent of a concept does; "
         f"features were chosen on {found.scenes:,} training scenes."
@@ -222,13 +226,13 @@ def probe_finding(found: Probed, seed: int) -> Beyond:
         rule="the interval of the difference lies above 0",
         **is_above(
             ahead,
-            why=f"One latent reaches {estimate(bootstrap(by[TRAINED], seed))}, one dimension of the stream "
-            f"{estimate(bootstrap(by[STREAM], seed))}, all of them {estimate(whole)}. Added to every "
-            f"token, a class's latent makes the answer its class in {steers[TRAINED]} % of images, an "
+            why=f"One latent reaches an AUROC of {estimate(bootstrap(by[TRAINED], seed))}, one dimension of "
+            f"the stream {estimate(bootstrap(by[STREAM], seed))}, all dimensions {estimate(whole)}. Added to "
+            f"every token, a class's latent makes the answer its class in {steers[TRAINED]} % of images, an "
             f"untrained one in {steers[UNTRAINED]} %.",
         )._asdict(),
         effect=float(_share(by, whole)),
-        effect_name="share of the way from an untrained latent to the whole stream",
+        effect_name="share of the way from an untrained latent to all dimensions of the stream",
     )
 
 

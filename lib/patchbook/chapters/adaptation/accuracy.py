@@ -153,7 +153,7 @@ def table_1_lesson(found: Finding, a: Adaptation) -> Lesson:
 def seen_lesson(pairs: Pairs) -> Lesson:
     """Say on which pairs of a concept and a style adaptation gains."""
     told = pairs.unseen.judged
-    so = " So what adaptation learns here is mostly looks that CLIP had not seen."
+    so = " So adaptation pays here where CLIP had not seen the look."
     return Lesson(told.why + so * (told.verdict is Verdict.REPRODUCED), "seen-and-unseen", 3)
 
 

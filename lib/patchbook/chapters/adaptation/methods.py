@@ -9,7 +9,7 @@ import numpy as np
 
 from patchbook.chapters.adaptation.accuracy import untrained_text
 from patchbook.chapters.adaptation.mixtures import Divided, divide
-from patchbook.chapters.adaptation.tasks import CLIP, MAPLE, Adaptation, Task, hits, in_words
+from patchbook.chapters.adaptation.tasks import CLIP, MAPLE, Adaptation, Task, hits
 from patchbook.chapters.opening import MEMORY
 from patchbook.chapters.verdicts_of_models import Judged, is_above
 from patchbook.report import Beyond, Reason, Verdict, above, beyond
@@ -19,10 +19,9 @@ from patchsae.adaptation.remapping import Mixed, Parts, class_counts, compare_co
 from patchsae.adaptation.weights import Change
 from patchsae.clip.backbone import Backbone
 from patchsae.latents.atlas import AtlasConfig
-from patchsae.runs.intervals import Interval, bootstrap
+from patchsae.runs.intervals import bootstrap
 
 TITLES = {Method.COOP: "CoOp", Method.VPT: "VPT", Change.LORA: "LoRA", Change.FULL: "Fine-tuning"}
-WEIGHTS = tuple(TITLES[method] for method in Change)
 
 
 class Way(NamedTuple):
@@ -141,39 +140,60 @@ def parts_of_ways(others: Others) -> Table | None:
     return Table(caption, rows, ("data set", "adapted by")) if rows else None
 
 
-def weights_finding(others: Others) -> Beyond | None:
-    """Judge that the gain of adapted weights lies in what is seen; None where no weights were adapted."""
-    found = [way for ways in others.ways.values() for title, way in ways.items() if title in WEIGHTS]
-    if not found:
+def lora_finding(others: Others) -> Beyond | None:
+    """Judge that LoRA's gain, too, lies in the mapping rather than in what is seen; None without LoRA.
+
+    Of the ways beside MaPLe it alone can change both: fine-tuning leaves the words as they are.
+    """
+    seed, lora = others.adaptation.run.seed, _pooled(others, Change.LORA)
+    if lora is None:
         return None
-    seed = others.adaptation.run.seed
-    right = {
-        p: np.concatenate([way.right("base", p) for way in found]) for p in found[0].mixed["base"].tokens
-    }
-    gain = bootstrap(right[MAPLE] - right[CLIP], seed)
-    sizes = {key: float(np.mean([way.sizes[key] for way in found])) for key in found[0].sizes}
-    about = f"LoRA and fine-tuning gain {percent(gain)} points. Latents per base class: {in_words(sizes)}."
+    gain = bootstrap(lora[MAPLE] - lora[CLIP], seed)
+    about = f"LoRA gains {percent(gain)} points on base classes of {len(others.ways)} data sets."
     if gain.low <= 0:
-        judged, less = Judged(Verdict.OPEN, Reason.FEW, f"There is no clear gain to divide. {about}"), None
+        more, judged = None, Judged(Verdict.OPEN, Reason.FEW, f"There is no clear gain to divide. {about}")
     else:
-        divided = divide(right, seed)
-        less = in_percent(Interval(-divided.more.value, -divided.more.high, -divided.more.low))
-        judged = is_above(
-            less,
-            why=f"{about} CLIP's stream with the adapted rest keeps {percent(divided.mapping, 0)} % of it, "
-            f"the adapted stream with CLIP's rest {percent(divided.stream, 0)} %.",
-        )
+        divided = divide(lora, seed)
+        more = in_percent(divided.more)
+        judged = is_above(more, why=f"{about} {_kept(divided)}{_of_tuning(others)}")
     return beyond(
-        "Where CLIP's own weights are adapted, most of the gain lies in what is seen",
+        "Where LoRA adapts both towers, more of its gain lies in the mapping than in what is seen",
         label="other-ways",
-        quantity="share of the gain on base classes, stream minus mapping",
-        ours=less,
+        quantity="share of LoRA's gain on base classes, mapping minus stream",
+        ours=more,
         unit="points",
         rule="the interval lies above 0",
         **judged._asdict(),
-        effect=None if less is None else less.value / 100,
-        effect_name="share of the gain, stream minus mapping",
+        effect=None if more is None else more.value / 100,
+        effect_name="share of the gain, mapping minus stream",
     )
+
+
+def _pooled(others: Others, method: Change) -> dict[Parts, np.ndarray] | None:
+    """Join what mixtures with a method get right on base classes of all data sets; None without it."""
+    title = TITLES[method]
+    found = [ways[title] for ways in others.ways.values() if title in ways]
+    if not found:
+        return None
+    return {
+        p: np.concatenate([way.right("base", p) for way in found]) for p in found[0].mixed["base"].tokens
+    }
+
+
+def _kept(divided: Divided) -> str:
+    return (
+        f"CLIP's stream with the adapted rest keeps {percent(divided.mapping, 0)} % of that, the adapted "
+        f"stream with CLIP's rest {percent(divided.stream, 0)} %."
+    )
+
+
+def _of_tuning(others: Others) -> str:
+    """Say where fine-tuning's gain lies, which cannot be in the words."""
+    seed, tuned = others.adaptation.run.seed, _pooled(others, Change.FULL)
+    if tuned is None or bootstrap(tuned[MAPLE] - tuned[CLIP], seed).low <= 0:
+        return ""
+    stream = percent(divide(tuned, seed).stream, 0)
+    return f" Fine-tuning, which leaves the words as they are, has {stream} % of its gain in the stream."
 
 
 def against_maple(others: Others) -> list[str]:
