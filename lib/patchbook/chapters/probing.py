@@ -226,10 +226,10 @@ def probe_finding(found: Probed, seed: int) -> Beyond:
         rule="the interval of the difference lies above 0",
         **is_above(
             ahead,
-            why=f"One latent reaches an AUROC of {estimate(bootstrap(by[TRAINED], seed))}, one dimension of "
-            f"the stream {estimate(bootstrap(by[STREAM], seed))}, all dimensions {estimate(whole)}. Added to "
-            f"every token, a class's latent makes the answer its class in {steers[TRAINED]} % of images, an "
-            f"untrained one in {steers[UNTRAINED]} %.",
+            why=f"One latent reaches an AUROC of {estimate(bootstrap(by[TRAINED], seed))}, one dimension "
+            f"of the stream {estimate(bootstrap(by[STREAM], seed))}, all dimensions {estimate(whole)}. "
+            f"Added to every token, a class's latent makes the answer its class in {steers[TRAINED]} % of "
+            f"images, an untrained one in {steers[UNTRAINED]} %.",
         )._asdict(),
         effect=float(_share(by, whole)),
         effect_name="share of the way from an untrained latent to all dimensions of the stream",
