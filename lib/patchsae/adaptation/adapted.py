@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,16 @@ from patchsae.adaptation.prompt_text import PackedTexts, TextTower
 from patchsae.clip.backbone import Backbone, zero_shot_weights
 
 
+class Learned(Protocol):
+    """What a configuration says of prompts."""
+
+    template: str
+    """Prompt that plain CLIP reads where no word is learned."""
+
+    def text(self, classname: str) -> str:
+        """Return the prompt of a class, with places for the learned words where there are any."""
+
+
 class Adapted(Backbone):
     """Be a backbone in which something was learned for a data set.
 
@@ -20,6 +30,8 @@ class Adapted(Backbone):
     `zero_shot_weights`.
     """
 
+    what: Learned
+    """The configuration of what was learned."""
     learned: nn.Module
     """What was learned, under the names that files give it."""
     text_tower: TextTower | None
@@ -31,26 +43,13 @@ class Adapted(Backbone):
         """Return the backbone before adaptation, cut at the same block."""
         return self._plain[0].at_block(self.block)
 
-    @property
-    def what(self) -> Any:
-        """Return the configuration of what was learned, a dataclass."""
-        raise NotImplementedError
-
-    def text(self, classname: str) -> str:
-        """Return the prompt of a class."""
-        raise NotImplementedError
-
-    def template(self) -> str:
-        """Return the prompt that plain CLIP reads where no word is learned."""
-        raise NotImplementedError
-
     def class_embeddings(self, texts: PackedTexts) -> Tensor:
         """Return the embeddings [C, e], not normalised, of `pack_classes`."""
         return self.text_tower.encode(texts, ())
 
     def pack_classes(self, classnames: Sequence[str]) -> PackedTexts:
         """Pack the prompts of classes, for `class_embeddings`."""
-        return self.text_tower.pack([self.text(name) for name in classnames])
+        return self.text_tower.pack([self.what.text(name) for name in classnames])
 
     @torch.no_grad()
     def class_weights(self, classnames: Sequence[str]) -> Tensor:
@@ -61,7 +60,7 @@ class Adapted(Backbone):
         Raises PatchSAEError for an empty list.
         """
         if self.text_tower is None or isinstance(classnames, str) or not len(classnames):
-            return zero_shot_weights(self, classnames, self.template())
+            return zero_shot_weights(self, classnames, self.what.template)
         return F.normalize(self.class_embeddings(self.pack_classes(classnames)).float(), dim=-1)
 
     def settle(self) -> None:

@@ -194,13 +194,6 @@ class AdaptedBackbone(Adapted):
         """Return which tokens were learned."""
         return self.prompts.config
 
-    def text(self, classname: str) -> str:
-        """Return the prompt of a class, with places for the learned words where there are any."""
-        return self.prompts.config.text(classname)
-
-    def template(self) -> str:
-        return self.prompts.config.template
-
     def class_embeddings(self, texts: PackedTexts) -> Tensor:
         return self.text_tower.encode(texts, self.prompts.text_prompts())
 

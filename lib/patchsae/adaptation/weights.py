@@ -56,6 +56,10 @@ class WeightConfig:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise PatchSAEError(f"rank={self.rank} must be a whole number of at least 1.")
 
+    def text(self, classname: str) -> str:
+        """Return the prompt of a class."""
+        return self.template.format(classname.replace("_", " "))
+
 
 @dataclass(frozen=True)
 class WeightTrainConfig(WeightConfig, Recipe):
@@ -117,7 +121,7 @@ class TunedBackbone(Adapted):
             tokenizer=lambda: plain.tokenize,
             config={"clip": plain._config, "weights": asdict(config)},
         )
-        self._plain, self._what = (plain,), config
+        self._plain, self.what = (plain,), config
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             self.learned = nn.ModuleDict(
@@ -132,17 +136,6 @@ class TunedBackbone(Adapted):
         for path, module, name in list(_places(model, config)):
             parametrize.register_parametrization(module, name, self.learned[_key(path)])
         self.learned.requires_grad_(False)
-
-    @property
-    def what(self) -> WeightConfig:
-        """Return which weights were learned."""
-        return self._what
-
-    def text(self, classname: str) -> str:
-        return self._what.template.format(classname.replace("_", " "))
-
-    def template(self) -> str:
-        return self._what.template
 
     def settle(self) -> None:
         """Write the changes into the weights, so that a pass costs what CLIP's costs."""
