@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny import tiny_backbone, tiny_images
 
-from patchsae.latents.probing import absorption, image_maxima, pick_features, probe_auroc
+from patchsae.latents.probing import absorption, contrasts, image_maxima, pick_features, probe_auroc
 from patchsae.runs.errors import PatchSAEError
 from patchsae.sae.model import SAE, SAEConfig
 from patchsae.sae.step import latent_lists
@@ -39,24 +39,34 @@ def test_the_largest_activations_of_images_are_those_of_the_dense_code():
 
 def test_features_are_chosen_by_how_far_apart_they_are():
     x, there = planted(2000, 0)
-    assert list(pick_features(x, there, 2)) == [7, 3]
-    assert list(pick_features(x, there, 1, rising=True)) == [7]
-    rising = pick_features(x, there, 20, rising=True)
-    assert rising[-1] == 3  # what falls comes last
+    other = x[:, 0] > 1
+    contrast, second = contrasts(x, np.stack([there, other], 1))
+    assert list(pick_features(contrast, 2)) == [7, 3]
+    assert list(pick_features(contrast, 1, rising=True)) == [7]
+    assert pick_features(contrast, 20, rising=True)[-1] == 3  # what falls comes last
+    assert contrast[5] == 0 and pick_features(second, 1) == [0]
+    np.testing.assert_allclose(
+        contrast[7], (x[there, 7].mean() - x[~there, 7].mean()) / x[:, 7].std(), 1e-5
+    )
     for nothing in (there | True, there & False):
         with pytest.raises(PatchSAEError, match="with the concept and images without"):
-            pick_features(x, nothing, 1)
+            contrasts(x, np.stack([there, nothing], 1))
 
 
 def test_a_probe_knows_what_its_features_tell():
+    def tells(test: tuple[np.ndarray, np.ndarray], k: int) -> float:
+        kept = pick_features(contrasts(train[0], train[1][:, None])[0], k)
+        return probe_auroc(*((x[:, kept], there) for x, there in (train, test)))
+
     train, test = planted(2000, 0), planted(2000, 1)
-    one, two, every = (probe_auroc(train, test, k) for k in (1, 2, None))
+    one, two, every = (tells(test, k) for k in (1, 2, 20))
     assert one == pytest.approx(0.983, abs=0.01)  # Φ(3 / √2)
     assert one < two and abs(every - two) < 0.01
     shuffled = np.random.default_rng(2).permutation(test[1])
-    assert probe_auroc(train, (test[0], shuffled), 1) == pytest.approx(0.5, abs=0.04)
-    with pytest.raises(PatchSAEError, match="test images with the concept"):
-        probe_auroc(train, (test[0], test[1] & False), 1)
+    assert tells((test[0], shuffled), 1) == pytest.approx(0.5, abs=0.04)
+    for sides in ((train, (test[0], test[1] & False)), ((train[0], train[1] & False), test)):
+        with pytest.raises(PatchSAEError, match="with the concept and images without"):
+            probe_auroc(*sides)
 
 
 def test_absorption_is_one_latent_in_the_place_of_another():

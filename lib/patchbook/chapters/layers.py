@@ -24,7 +24,7 @@ from patchsae.images.sets import ImageSet
 from patchsae.latents.atlas import AtlasConfig
 from patchsae.latents.best_latents import alternate, choose, random_sae, score_of
 from patchsae.latents.maps import masked_images, patch_tokens
-from patchsae.latents.scores import Metric, Scores, score_latents
+from patchsae.latents.scores import Metric, Pass, Scores, score_latents
 from patchsae.masking.through import reconstruction
 from patchsae.runs.intervals import bootstrap
 from patchsae.sae.model import SAE
@@ -113,7 +113,10 @@ def score_blocks(found: Blocks, classes: int, class_images: int, tau: float) -> 
             maps[f"{kind} {block}"], where[f"{kind} {block}"] = one, block
     drawn = domain_sets("test", classes, class_images, run.backbone.device)
     one_style = {"openmoji": drawn["openmoji"]}
-    return score_latents(maps, run.backbone, one_style, tau, where)[0]
+    return run.keep(
+        "block-scores", Pass, lambda: score_latents(maps, run.backbone, one_style, tau, where),
+        one_style.values(), saes={block: sae.fingerprint() for block, sae in found.saes.items()}, tau=tau,
+    ).scores  # fmt: skip
 
 
 def best_scores(scores: Mapping, block: int, kind: str, metric: Metric) -> np.ndarray:

@@ -19,7 +19,7 @@ from patchbook.report import Finding
 from patchbook.scenes.embedded import domain_sets
 from patchbook.tables import Table, estimate, fixed, percent
 from patchsae.latents.best_latents import Row, alternate, choose, compare, random_sae
-from patchsae.latents.scores import METRICS, Metric, Scores, score_latents, token_length
+from patchsae.latents.scores import METRICS, Metric, Pass, Scores, score_latents, token_length
 from patchsae.latents.spatial import monosemanticity
 from patchsae.runs.intervals import Interval, bootstrap
 
@@ -147,7 +147,10 @@ def score_masks(run: Run, classes: int, class_images: int, tau: float) -> MaskSc
         return backbone.finish(tokens)
 
     encoders = {"own embedding": own, "4×4 colours": mean_colours}
-    scored, embeddings = score_latents(maps, backbone, sets, tau, encoders=encoders)
+    scored, embeddings = run.keep(
+        "mask-scores", Pass, lambda: score_latents(maps, backbone, sets, tau, encoders=encoders),
+        sets.values(), tau=tau,
+    )  # fmt: skip
     return MaskScores(run, sets, sample, maps, scored, embeddings)
 
 

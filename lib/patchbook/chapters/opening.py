@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import xarray as xr
 from torch import Tensor
 
+from patchbook.kept import keep
 from patchbook.own import own_sae, own_sets
 from patchbook.scales import Scale, Sets
 from patchbook.scales import scale as open_scale
@@ -25,6 +27,7 @@ from patchsae.runs.stage import project_root
 from patchsae.sae.model import SAE
 from patchsae.training.trainer import Trained
 
+T = TypeVar("T")
 MEMORY = Remembered(450_000_000)
 """What a chapter's models saw last, 4,500 images of the small CLIP, if it asks of the same ones again."""
 STORE = 1_200_000_000
@@ -97,6 +100,22 @@ class Run:
             return make_atlas(
                 found.sae, model, images, config, self.root, found.folder.name, workers=self.workers
             )
+
+    def keep(
+        self, name: str, kind: type[T], make: Callable[[], T], images: Iterable[ImageSet],
+        models: Iterable[Backbone] = (), **inputs: Any,
+    ) -> T:  # fmt: skip
+        """Return what `make` returns of some images, from `results` where it was kept (`patchbook.kept`).
+
+        models: backbones that are asked beside this run's own. inputs: what else decides it.
+        """
+        own = {
+            "models": [model.fingerprint() for model in (self.backbone, *models)],
+            "sae": self.sae.fingerprint(),
+            "images": [one.fingerprint() for one in images],
+            "seed": self.seed,
+        }
+        return keep(self.root, name, kind, make, own | inputs)
 
     def text(self, data_set: Dataset) -> Tensor:
         """Return the text vectors [C, e] of a data set's classes, by the scale's prompts."""

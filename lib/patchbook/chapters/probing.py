@@ -22,7 +22,13 @@ from patchsae.clip.backbone import Backbone, zero_shot_logits
 from patchsae.clip.tail import Tail
 from patchsae.latents.best_latents import random_sae
 from patchsae.latents.maps import patch_cover
-from patchsae.latents.probing import absorption, image_maxima, pick_features, probe_auroc
+from patchsae.latents.probing import (
+    absorption,
+    contrasts,
+    image_maxima,
+    pick_features,
+    probe_auroc,
+)
 from patchsae.runs.intervals import Interval, bootstrap
 from patchsae.sae.model import SAE
 from patchsae.sae.step import latent_lists
@@ -68,27 +74,39 @@ def probe(run: Run, images: int, references: int, most: int) -> Probed | None:
     """
     if not run.has_masks:
         return None
-    backbone, probes = run.backbone, open_probes(run.backbone, images, references, seed=run.seed)
+    probes = open_probes(run.backbone, images, references, seed=run.seed)
+    return run.keep(
+        "probed", Probed | None, lambda: _probe(run, probes, most), [probes.described, probes.scored],
+        concepts=most,
+    )  # fmt: skip
+
+
+def _probe(run: Run, probes: Probes, most: int) -> Probed | None:
+    backbone = run.backbone
     columns = token_columns(backbone, Tokens.ALL)
     with backbone.remembering(run.store):
         saes = {TRAINED: run.sae, UNTRAINED: random_sae(run.sae, sample(backbone, probes), run.seed)}
         train = _look(saes, backbone, probes.described, columns, {})
         test = _look(saes, backbone, probes.scored, columns, range(len(concepts())))
-        asked = _commonest(test.there, most, among=train.there.any(0))
+        told = np.flatnonzero(train.there.any(0) & ~train.there.all(0))
+        asked = told[_commonest(test.there[:, told], most)].tolist()
         if not asked:
             return None
+        apart = {kind: dict(zip(told.tolist(), contrasts(x, train.there[:, told]), strict=True))
+                 for kind, x in train.features.items()}  # fmt: skip
         own = {
-            name: {c: int(pick_features(train.features[name], train.there[:, c], 1, rising=True)[0])
-                   for c in range(train.there.shape[1]) if train.there[:, c].any()}
+            name: {c: int(pick_features(by, 1, rising=True)[0]) for c, by in apart[name].items()}
             for name in saes
-        }  # fmt: skip
+        }
         removed, steered = _steer(saes, own, train, backbone, probes, columns, run.seed)
     auroc = {}
     for kind, sizes in {TRAINED: SIZES, UNTRAINED: SIZES, STREAM: (*SIZES, None)}.items():
         for k in sizes:
-            sides = [(seen.features[kind], seen.there) for seen in (train, test)]
-            areas = [probe_auroc(*((x, there[:, c]) for x, there in sides), k) for c in asked]
-            auroc[kind, k] = np.array(areas)
+            kept = {c: np.s_[:] if k is None else pick_features(apart[kind][c], k) for c in asked}
+            auroc[kind, k] = np.array([
+                probe_auroc(*((of.features[kind][:, kept[c]], of.there[:, c]) for of in (train, test)))
+                for c in asked
+            ])  # fmt: skip
     missed, absorbed = {}, {}
     for name, sae in saes.items():
         rows = sae.W_dec.detach().float()
@@ -143,10 +161,11 @@ def _look(
     )  # fmt: skip
 
 
-def _commonest(there: np.ndarray, most: int, among: np.ndarray) -> list[int]:
-    """Return the concepts of most test scenes, at most so many, with LEAST or more and in training too."""
-    count = np.where(among & ~there.all(0), there.sum(0), 0)
-    return [int(c) for c in np.argsort(-count, kind="stable")[:most] if count[c] >= LEAST]
+def _commonest(there: np.ndarray, most: int) -> np.ndarray:
+    """Return the concepts of most test scenes, at most so many, with LEAST or more, and not in all."""
+    count = np.where(there.all(0), 0, there.sum(0))
+    kept = np.argsort(-count, kind="stable")[:most]
+    return kept[count[kept] >= LEAST]
 
 
 @torch.no_grad()

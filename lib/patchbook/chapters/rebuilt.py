@@ -16,6 +16,7 @@ from patchsae.images.sets import ImageSet
 from patchsae.masking.through import (
     ContrastiveLoss,
     Reconstruction,
+    ZeroShot,
     contrastive_loss,
     reconstruction,
     recovered,
@@ -47,7 +48,10 @@ class Rebuilt(NamedTuple):
 def rebuild(run: Run, test_images: int) -> Rebuilt:
     """Measure reconstruction on images that neither backbone nor autoencoder was trained on."""
     images = run.sets.test.sample(test_images, run.seed)
-    return Rebuilt(run, images, reconstruction(run.sae, run.backbone, images))
+    found = run.keep(
+        "rebuilt", Reconstruction, lambda: reconstruction(run.sae, run.backbone, images), [images]
+    )
+    return Rebuilt(run, images, found)
 
 
 def rebuilt_table(found: Rebuilt) -> Table:
@@ -109,7 +113,11 @@ def score_benchmarks(run: Run, test_images: int, benchmark_images: int) -> list[
     edits, found = (None, through_sae(run.sae, run.backbone), zeroed(run.backbone)), []
     for number, benchmark in enumerate(run.sets.benchmarks):
         test = benchmark.test.sample(test_images if number == 0 else benchmark_images, run.seed)
-        scored = zero_shot(run.backbone, test, run.text(benchmark), edits)
+        scored = run.keep(
+            f"zero-shot-{benchmark.name}", ZeroShot,
+            lambda: zero_shot(run.backbone, test, run.text(benchmark), edits),  # noqa: B023  (called at once)
+            [test], prompts=run.setup.prompts(benchmark),
+        )  # fmt: skip
         rows = [bootstrap(100 * row, run.seed) for row in scored.predictions == test.labels]
         found.append(
             Scored(
@@ -169,7 +177,11 @@ def why_kept(scored: list[Scored], found: Rebuilt) -> str:
 def contrast(found: Rebuilt) -> ContrastiveLoss:
     """Measure the contrastive loss with the CLS token rebuilt."""
     run, batch = found.run, min(1024, len(found.images))
-    return contrastive_loss(run.sae, run.backbone, found.images, batch, seed=run.seed)
+    return run.keep(
+        "contrast", ContrastiveLoss,
+        lambda: contrastive_loss(run.sae, run.backbone, found.images, batch, seed=run.seed),
+        [found.images], batch=batch,
+    )  # fmt: skip
 
 
 def contrast_table(loss: ContrastiveLoss) -> Table:

@@ -11,7 +11,7 @@ import pandas as pd
 from patchbook.chapters.against_untrained import Learned, measure
 from patchbook.chapters.learned import table as goals
 from patchbook.chapters.opening import Run
-from patchbook.chapters.probes import open_probes
+from patchbook.chapters.probes import Probes, open_probes
 from patchbook.chapters.table2 import Ablation
 from patchbook.lessons import Lesson
 from patchbook.recipes import TWIN
@@ -162,6 +162,14 @@ def learned(
     if len(chapter) < 2:
         return None
     probes = open_probes(run.backbone, images, references, seed=run.seed)
+    return run.keep(
+        "learned", dict[str, Learned], lambda: _learned(run, chapter, probes),
+        [probes.described, probes.scored, *probes.masked.values()],
+        saes={name: one.folder.name for name, one in chapter.items()},
+    )  # fmt: skip
+
+
+def _learned(run: Run, chapter: Mapping[str, Trained], probes: Probes) -> dict[str, Learned]:
     saes = {name: one.sae for name, one in chapter.items()}
     asked = dict(list(saes.items())[:2])
     # rows that began as data have no start that seed and configuration would give

@@ -143,14 +143,19 @@ class OnObjects(NamedTuple):
         return expected[firing] / total[firing], inside[firing] / total[firing]
 
 
-@torch.no_grad()
 def on_objects(run: Run, images: int) -> OnObjects | None:
     """Measure on test scenes how much of the activation lies inside objects; None without masks."""
-    test, backbone, sae = run.sets.test, run.backbone, run.sae
+    test = run.sets.test
     if not run.has_masks:
         return None
-    sums, by_scene = None, []
     where = np.random.default_rng(run.seed).permutation(len(test))[:images]
+    return run.keep("mass-inside", OnObjects, lambda: _on_objects(run, where), [test], images=images)
+
+
+@torch.no_grad()
+def _on_objects(run: Run, where: np.ndarray) -> OnObjects:
+    test, backbone, sae = run.sets.test, run.backbone, run.sae
+    sums, by_scene = None, []
     for start in range(0, len(where), 16):
         scenes = test.scenes(where[start : start + 16])
         cover = patch_cover(scenes.masks > 0, backbone.grid)

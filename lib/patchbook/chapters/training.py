@@ -21,7 +21,7 @@ from patchbook.shipped import load_shipped
 from patchbook.tables import Table, fixed, percent
 from patchsae.clip.backbone import zero_shot_logits
 from patchsae.latents.maps import masked_images
-from patchsae.masking.through import through_sae, zero_shot
+from patchsae.masking.through import ZeroShot, text_digest, through_sae, zero_shot
 from patchsae.runs.intervals import Interval, bootstrap
 from patchsae.training.trainer import Trained
 
@@ -189,7 +189,11 @@ def overview(run: Run, text: Tensor, test_images: int) -> Overview:
         {name: values[five] for name, values in answers.items()}, [test.classnames[c] for c in five],
     )  # fmt: skip
     counted = test.sample(test_images, run.seed)
-    own, through = zero_shot(backbone, counted, text, (None, through_sae(sae, backbone))).predictions
+    own, through = run.keep(
+        "first-classes", ZeroShot,
+        lambda: zero_shot(backbone, counted, text, (None, through_sae(sae, backbone))),
+        [counted], text=text_digest(text),
+    ).predictions  # fmt: skip
     kept = bootstrap(100.0 * (own == through), run.seed)
     names = tuple(test.classnames[values.argmax()] for values in answers.values())
     steps = (f"blocks 1–{block}", "encoder", "decoder")

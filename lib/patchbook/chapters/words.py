@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +32,17 @@ LEVEL = 0.9
 HEADINGS = ("card", "mask", "picture", "mask")
 
 
+class Told(NamedTuple):
+    """How well each latent tells words and things, and what the model makes of the cards."""
+
+    words: np.ndarray
+    """AUROC, the lower one of both halves of the images: float64 [C, S]."""
+    things: np.ndarray
+    """The same of pictures."""
+    read: np.ndarray
+    """Embeddings of the cards [N, e]."""
+
+
 @dataclass(frozen=True)
 class Words:
     """Written words and the things that they name, and how well each latent tells them apart."""
@@ -41,15 +53,12 @@ class Words:
     """Class names of the same concepts."""
     cards: Cards
     things: ImageSet
-    read: Tensor
-    """Embeddings of the cards [N, e]."""
-    told: tuple[np.ndarray, np.ndarray]
-    """AUROC of words and of things, the lower one of both halves of the images: float64 [C, S] each."""
+    told: Told
 
     @cached_property
     def pairs(self) -> Multimodal:
         """Return the pairs of latent and concept that are told in writing and in pictures."""
-        return multimodal(*self.told, level=LEVEL, seed=self.run.seed)
+        return multimodal(self.told.words, self.told.things, level=LEVEL, seed=self.run.seed)
 
     @cached_property
     def right(self) -> dict[str, np.ndarray]:
@@ -59,7 +68,8 @@ class Words:
             with warnings.catch_warnings():  # of words that are one to the model: that is what is measured
                 warnings.simplefilter("ignore", UserWarning)
                 text = zero_shot_weights(self.run.backbone, self.names, prompt)
-            said = zero_shot_logits(self.run.backbone, self.read, text).argmax(-1).cpu().numpy()
+            read = torch.from_numpy(self.told.read).to(text.device)
+            said = zero_shot_logits(self.run.backbone, read, text).argmax(-1).cpu().numpy()
             found[prompt] = said == self.cards.labels
         return found
 
@@ -91,13 +101,18 @@ def open_words(run: Run, words: int, per_word: int) -> Words:
     things = things.subset(
         np.concatenate([np.flatnonzero(things.labels == c)[:per_word] for c in range(len(named))])
     )
+    told = run.keep("words", Told, lambda: _tell(run, cards, things), [things], texts=texts, per=per_word)
+    return Words(run, texts, [general.classnames[c] for c in named], cards, things, told)
+
+
+def _tell(run: Run, cards: Cards, things: ImageSet) -> Told:
     on_cards, read = activations(run, cards.images.split(32))
     on_things, _ = activations(run, (batch.images for batch in things.batches(32)))
     told = []
     for found, labels in ((on_cards, cards.labels), (on_things, things.labels)):
         half = alternate(labels)
         told.append(np.minimum(*(auroc(found[part], labels[part]) for part in (half, ~half))))
-    return Words(run, texts, [general.classnames[c] for c in named], cards, things, read, tuple(told))
+    return Told(*told, read.cpu().numpy())
 
 
 @torch.no_grad()
@@ -121,8 +136,8 @@ def word_table(found: Words) -> Table:
             for prompt, hit in found.right.items()
         },
         "zero-shot, chance, %": fixed(100 / len(found.texts), 1),
-        "words told from others by some latent": int((found.told[0] >= LEVEL).any(1).sum()),
-        "things told from others by some latent": int((found.told[1] >= LEVEL).any(1).sum()),
+        "words told from others by some latent": int((found.told.words >= LEVEL).any(1).sum()),
+        "things told from others by some latent": int((found.told.things >= LEVEL).any(1).sum()),
         "pairs of latent and concept: both": n,
         "the same, words dealt at random: mean": fixed(float(null.mean()), 2),
         "the same, words dealt at random: 97.5 % quantile": fixed(float(np.quantile(null, 0.975)), 1),
@@ -136,7 +151,7 @@ def clearest(found: Words, described: Described, n: int = 6) -> list[Shown]:
     """Return the pairs with the highest smallest AUROC, each latent and concept once."""
     rows: list[Shown] = []
     used: set[str] = set()
-    best = multimodal(*found.told, level=0.5, draws=0)
+    best = multimodal(found.told.words, found.told.things, level=0.5, draws=0)
     for latent, concept, word, thing in zip(*best[:4], strict=True):
         text = found.texts[concept]
         if {f"latent {latent}", text} & used or not described.usual[latent] or len(rows) == n:

@@ -43,6 +43,12 @@ class Adapted(Backbone):
         """Return the backbone before adaptation, cut at the same block."""
         return self._plain[0].at_block(self.block)
 
+    @property
+    def tokens_of(self) -> str:
+        """Name whose tokens `residual` returns: plain CLIP's where nothing in its image tower changed."""
+        plain = self.plain
+        return plain.fingerprint() if self.tower is plain.tower else self.fingerprint()
+
     def class_embeddings(self, texts: PackedTexts) -> Tensor:
         """Return the embeddings [C, e], not normalised, of `pack_classes`."""
         return self.text_tower.encode(texts, ())

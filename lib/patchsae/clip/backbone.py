@@ -77,7 +77,7 @@ class Backbone(nn.Module):
 
         memory = self._shared.get("memory")
         kept = memory and images.device.type == "cpu" and not torch.is_grad_enabled()
-        return memory.tokens(self.fingerprint(), images, run) if kept else run(images)
+        return memory.tokens(self.tokens_of, images, run) if kept else run(images)
 
     def remember(self, memory: Remembered | TokenStore | None) -> None:
         """Ask `memory` for tokens first, in all `at_block` copies, but on a GPU and where gradients are."""
@@ -95,8 +95,7 @@ class Backbone(nn.Module):
     def finish(self, tokens: Tensor) -> Tensor:
         """Return the embeddings [B, e] that the rest of the tower makes of tokens [B, T, d].
 
-        Not normalised, as `encode_image(normalize=False)`; a model that pools nothing keeps
-        [B, T, e]. Raises PatchSAEError for tokens of another shape.
+        Not normalised; a model that pools nothing keeps [B, T, e]. Raises PatchSAEError for other tokens.
         """
         if tokens.ndim != 3 or tuple(tokens.shape[1:]) != (self.n_tokens, self.d_model):
             raise PatchSAEError(
@@ -152,6 +151,7 @@ class Backbone(nn.Module):
         mean, std = (pixels.new_tensor(value).view(3, 1, 1) for value in (self.mean, self.std))
         return ((pixels - mean) / std).to(self.dtype)
 
+    tokens_of = property(lambda self: self.fingerprint(), doc="Whose tokens `residual` returns.")
     n_blocks = property(lambda self: len(self.tower.blocks))
     d_model = property(lambda self: self.tower.d_model)
     token_kind = property(

@@ -154,10 +154,15 @@ def telling(
     more are drawn. `count` is how many there are in all.
     """
     images, names = pictures.images, pictures.names
-    clip_says, adapted_says = (
-        predictions(model, images, class_vectors(model, names, pictures.templates))
-        for model in (clip, adapted)
-    )
-    only = np.flatnonzero((adapted_says == images.labels) & (clip_says != images.labels))[:first]
+    asked = [(model, class_vectors(model, names, pictures.templates)) for model in (clip, adapted)]
+    only: list[int] = []
+    for start in range(0, len(images), BATCH):
+        if len(only) >= first:
+            break  # nobody asks what follows
+        rows = np.arange(start, min(start + BATCH, len(images)))
+        part = images.subset(rows)
+        clip_says, adapted_says = (predictions(model, part, text) for model, text in asked)
+        only += rows[(adapted_says == part.labels) & (clip_says != part.labels)].tolist()
+    only = only[:first]
     drawn = np.random.default_rng(seed).permutation(np.setdiff1d(np.arange(len(images)), only))
     return pictures._replace(images=images.subset([*only, *np.sort(drawn[: count - len(only)])]))

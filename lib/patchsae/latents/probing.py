@@ -22,6 +22,8 @@ from sklearn.preprocessing import StandardScaler
 from patchsae.runs.errors import PatchSAEError
 from patchsae.sae.cpu import Lists
 
+NEEDS = "a probe needs images with the concept and images without: take more images."
+
 
 class Absorbed(NamedTuple):
     """What happens where a concept is seen, by token: bool [N] each."""
@@ -48,41 +50,41 @@ def image_maxima(lists: Lists, images: int, tokens: int) -> np.ndarray:
     return found
 
 
-def pick_features(x: np.ndarray, there: np.ndarray, k: int, rising: bool = False) -> np.ndarray:
-    """Return the k features of x [N, F] whose means differ most, in standard deviations: int64 [k].
+def contrasts(x: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """Return how far the means of images with and without a concept lie apart: float64 [C, F].
 
-    there: bool [N], which images have the concept. rising: only features that are larger where it is.
-    Raises PatchSAEError where all or no images have it.
+    x: features [N, F]. there: bool [N, C], which images have each concept. In standard deviations of a
+    feature; 0 for one that never changes. Raises PatchSAEError where all or no images have a concept.
     """
-    if there.all() or not there.any():
-        raise PatchSAEError("a probe needs images with the concept and images without: take more images.")
-    gap = x[there].mean(0) - x[~there].mean(0)
-    spread = x.std(0)
-    score = np.divide(gap, spread, out=np.zeros_like(gap, np.float64), where=spread > 0)
-    return np.argsort(-(score if rising else np.abs(score)), kind="stable")[:k]
+    if there.all(0).any() or not there.any(0).all():
+        raise PatchSAEError(NEEDS)
+    x, n = x.astype(np.float64), there.sum(0)[:, None]
+    own, every = there.T.astype(np.float64) @ x, x.sum(0)  # one product for all concepts
+    gap, spread = own / n - (every - own) / (len(x) - n), x.std(0)
+    return np.divide(gap, spread, out=np.zeros_like(gap), where=spread > 0)
 
 
-def probe_auroc(
-    train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], k: int | None = None
-) -> float:
-    """Return the area under the ROC curve, on test images, of a logistic probe.
+def pick_features(contrast: np.ndarray, k: int, rising: bool = False) -> np.ndarray:
+    """Return the k features of the largest contrasts [F], the largest first: int64 [k].
 
-    Parameters
-    ----------
-    train, test : features [N, F], and whether the concept is there, bool [N]
-    k : on how many features, chosen on the training images by `pick_features`; None takes all
+    rising: only features that are larger where the concept is.
+    """
+    return np.argsort(-(contrast if rising else np.abs(contrast)), kind="stable")[:k]
 
-    Raises
-    ------
-    PatchSAEError : all or no images of either have the concept.
+
+def probe_auroc(train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray]) -> float:
+    """Return the area under the ROC curve, on test images, of a logistic probe of a few features.
+
+    train, test: features [N, F], and whether the concept is there, bool [N].
+    Raises PatchSAEError where all or no images of either have the concept.
     """
     (x, there), (x_test, there_test) = train, test
-    if there_test.all() or not there_test.any():
-        raise PatchSAEError("a probe needs test images with the concept and images without: take more.")
-    kept = np.arange(x.shape[1]) if k is None else pick_features(x, there, k)
+    for marked in (there, there_test):
+        if marked.all() or not marked.any():
+            raise PatchSAEError(NEEDS)
     model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=1000))
-    model.fit(x[:, kept], there)
-    return float(roc_auc_score(there_test, model.decision_function(x_test[:, kept])))
+    model.fit(x, there)
+    return float(roc_auc_score(there_test, model.decision_function(x_test)))
 
 
 def absorption(f: np.ndarray, gain: np.ndarray, latent: int) -> Absorbed:

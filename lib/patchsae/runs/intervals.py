@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 from scipy.stats import binomtest, rankdata
 
 from patchsae.runs.errors import PatchSAEError
 
+Of = TypeVar("Of")
 
-class Interval(NamedTuple):
-    """An estimate with its 95 % bootstrap interval."""
 
-    value: float | np.ndarray
-    low: float | np.ndarray
-    high: float | np.ndarray
+class Interval(NamedTuple, Generic[Of]):
+    """An estimate with its 95 % bootstrap interval: of a number, or of an array of them."""
+
+    value: Of
+    low: Of
+    high: Of
 
 
 def bootstrap(values: np.ndarray, seed: int = 0, draws: int = 2000) -> Interval:

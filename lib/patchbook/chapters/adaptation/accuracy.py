@@ -86,8 +86,8 @@ def seed_table(a: Adaptation, prompt_seed: int) -> Table | None:
         about = t.halves["base"]
         test, named = about.test, about.part.classnames
         before, known = (t.right("base", parts).astype(float) for parts in MODELS.values())
-        (untrained,) = hits(a.run.backbone, test, untrained_text(a, t, about))
-        found = np.stack([known, *(hits(m, test, m.class_weights(named))[0] for m in others)])
+        (untrained,) = hits(a.run, a.run.backbone, test, untrained_text(a, t, about))
+        found = np.stack([known, *(hits(a.run, m, test, m.class_weights(named))[0] for m in others)])
         rows[t.title] = {
             "test images": len(test),
             "CLIP": percent(bootstrap(before, seed)),

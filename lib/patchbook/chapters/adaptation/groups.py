@@ -218,7 +218,7 @@ def confusion(a: Adaptation, images: int) -> Confusion:
     t = a.tasks[wide[0]]
     about, test = t.halves["base"], a.run.few(t.fresh, images)
     said = [
-        answers(m, test, text[about.keep])[0]
+        answers(a.run, m, test, text[about.keep])[0]
         for m, text in zip((a.run.backbone, t.model), t.texts, strict=True)
     ]
     names = about.part.classnames

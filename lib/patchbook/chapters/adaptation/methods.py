@@ -27,24 +27,17 @@ TITLES = {Method.COOP: "CoOp", Method.VPT: "VPT", Change.LORA: "LoRA", Change.FU
 class Way(NamedTuple):
     """One way to adapt, on one data set, beside CLIP on the same test images."""
 
-    mixed: dict[str, Mixed]
-    """Ranks of the true class under every mixture with CLIP, by half of the classes."""
+    by_parts: dict[Parts, np.ndarray]
+    """Which test images of base classes each mixture with CLIP gets right: 0 or 1, [N]."""
+    right: dict[str, np.ndarray]
+    """Which test images the adapted model gets right, by half of the classes: 0 or 1, [N]."""
     sizes: dict[str, float]
     """Latents per base class that are high in both models, or off the diagonal."""
 
-    def right(self, half: str, parts: Parts) -> np.ndarray:
-        """Tell which test images a mixture gets right: 0 or 1, [N]."""
-        return (self.mixed[half].tokens[parts] == 0).astype(float)
-
-    def moved(self, half: str = "base") -> np.ndarray:
-        """Return for each test image 1 where the adapted model alone is right, -1 where CLIP alone is."""
-        return self.right(half, MAPLE) - self.right(half, CLIP)
-
     def divided(self, seed: int) -> Divided | None:
         """Divide the gain on base classes among the model's parts; None where there is no clear gain."""
-        if bootstrap(self.moved(), seed).low <= 0:
-            return None
-        return divide({parts: self.right("base", parts) for parts in self.mixed["base"].tokens}, seed)
+        gain = bootstrap(self.by_parts[MAPLE] - self.by_parts[CLIP], seed)
+        return divide(self.by_parts, seed) if gain.low > 0 else None
 
 
 class Others(NamedTuple):
@@ -69,22 +62,33 @@ def other_ways(a: Adaptation, prompt_seed: int) -> Others:
         models = {title: model for title, model in models.items() if model}
         if not models:
             continue
-        known = Way({half: about.mixed for half, about in t.halves.items()}, _sizes(t, t.base_counts[1]))
+        known = Way(
+            _by_parts(t.halves["base"].mixed),
+            {half: t.right(half, MAPLE).astype(float) for half in t.halves},
+            _sizes(t, t.base_counts[1]),
+        )
         ways[name] = {"MaPLe": known} | {title: _way(a, t, model) for title, model in models.items()}
         for half, about in t.halves.items():
             text = untrained_text(a, t, about)
-            untrained[name, half] = hits(a.run.backbone, about.test, text)[0]
+            untrained[name, half] = hits(a.run, a.run.backbone, about.test, text)[0]
     return Others(a, ways, untrained)
 
 
 def _way(a: Adaptation, t: Task, model: Backbone) -> Way:
-    run, mixed = a.run, {}
+    run, base, novel = a.run, t.halves["base"], t.halves["novel"]
     model.remember(MEMORY)
-    for half, about in t.halves.items():
-        texts = t.texts[0][about.keep], model.class_weights(about.part.classnames)
-        mixed[half] = mix_models(run.sae, run.sae_hash, run.backbone, model, about.test, texts, run.root)
-    atlas = run.atlas(t.train, AtlasConfig(tau=a.settings.tau, k=a.settings.k), model)
-    return Way(mixed, _sizes(t, class_counts(atlas)[t.halves["base"].keep]))
+    words = {half: model.class_weights(about.part.classnames) for half, about in t.halves.items()}
+    texts = t.texts[0][base.keep], words["base"]
+    mixed = mix_models(run.sae, run.sae_hash, run.backbone, model, base.test, texts, run.root)
+    by_parts = _by_parts(mixed)
+    right = {"base": by_parts[MAPLE], "novel": hits(run, model, novel.test, words["novel"])[0]}
+    counted_on = t.train.classes(range(len(base.part.classnames)))
+    atlas = run.atlas(counted_on, AtlasConfig(tau=a.settings.tau, k=a.settings.k), model)
+    return Way(by_parts, right, _sizes(t, class_counts(atlas)))
+
+
+def _by_parts(mixed: Mixed) -> dict[Parts, np.ndarray]:
+    return {parts: (rank == 0).astype(float) for parts, rank in mixed.tokens.items()}
 
 
 def _sizes(t: Task, counts: np.ndarray) -> dict[str, float]:
@@ -104,9 +108,9 @@ def accuracy_of_ways(others: Others) -> Table | None:
                 "CLIP, MaPLe's untrained prompt": percent(bootstrap(others.untrained[name, half], seed)),
             }
             for title, way in ways.items():
-                row[title] = percent(bootstrap(way.right(half, MAPLE), seed))
+                row[title] = percent(bootstrap(way.right[half], seed))
             for title, way in ways.items():
-                row[f"{title} − CLIP"] = percent(bootstrap(way.moved(half), seed))
+                row[f"{title} − CLIP"] = percent(bootstrap(way.right[half] - t.right(half, CLIP), seed))
             rows[t.title, half] = row
     caption = (
         "Accuracy in % of words alone (CoOp), image tokens alone (VPT) and CLIP's own weights (LoRA, "
@@ -120,12 +124,13 @@ def parts_of_ways(others: Others) -> Table | None:
     rows, seed = {}, others.adaptation.run.seed
     for name, ways in others.ways.items():
         for title, way in ways.items():
-            divided = way.divided(seed)
+            divided, t = way.divided(seed), others.task(name)
+            gains = {half: way.right[half] - t.right(half, CLIP) for half in way.right}
             shares = ("mapping", "words", "stream", "more")
             told = {share: percent(getattr(divided, share), 0) if divided else "–" for share in shares}
-            rows[others.task(name).title, title] = {
-                "gain on base, points": percent(bootstrap(way.moved(), seed)),
-                "on novel": percent(bootstrap(way.moved("novel"), seed)),
+            rows[t.title, title] = {
+                "gain on base, points": percent(bootstrap(gains["base"], seed)),
+                "on novel": percent(bootstrap(gains["novel"], seed)),
                 "mapping, % of the gain": told["mapping"],
                 "its words alone, %": told["words"],
                 "stream, %": told["stream"],
@@ -175,9 +180,7 @@ def _pooled(others: Others, method: Change) -> dict[Parts, np.ndarray] | None:
     found = [ways[title] for ways in others.ways.values() if title in ways]
     if not found:
         return None
-    return {
-        p: np.concatenate([way.right("base", p) for way in found]) for p in found[0].mixed["base"].tokens
-    }
+    return {p: np.concatenate([way.by_parts[p] for way in found]) for p in found[0].by_parts}
 
 
 def _kept(divided: Divided) -> str:
@@ -205,10 +208,10 @@ def against_maple(others: Others) -> list[str]:
     }
     seed, lines = others.adaptation.run.seed, []
     for name, ways in others.ways.items():
-        maple, told = ways["MaPLe"].right("base", MAPLE), []
+        maple, told = ways["MaPLe"].right["base"], []
         for title, way in ways.items():
             if title != "MaPLe":
-                change = bootstrap(way.right("base", MAPLE) - maple, seed)
+                change = bootstrap(way.right["base"] - maple, seed)
                 told.append(f"{title} gains {compared[above(change)]} ({percent(change)} points)")
         lines.append(f"On base classes of {others.task(name).title}, {_listed(told)}.")
     return lines

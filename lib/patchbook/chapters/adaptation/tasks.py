@@ -29,7 +29,7 @@ from patchsae.adaptation.remapping import (
 from patchsae.clip.backbone import Backbone, zero_shot_logits
 from patchsae.images.sets import Dataset, ImageSet
 from patchsae.latents.atlas import AtlasConfig
-from patchsae.masking.through import edited_embeddings
+from patchsae.masking.through import edited_embeddings, text_digest
 from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.intervals import Interval, bootstrap
 from patchsae.runs.stage import project_root
@@ -273,15 +273,21 @@ def _open_task(run: Run, settings: Settings, data_set: Dataset, model: Backbone)
     )  # fmt: skip
 
 
-def answers(model: Backbone, images: ImageSet, *texts: Tensor) -> np.ndarray:
+def answers(run: Run, model: Backbone, images: ImageSet, *texts: Tensor) -> np.ndarray:
     """Return the class that a model names with each of some text vectors [C, e]: int64 [texts, N]."""
-    seen = edited_embeddings(model, images, [None])[0]
-    return torch.stack([zero_shot_logits(model, seen, text).argmax(-1) for text in texts]).cpu().numpy()
+
+    def ask() -> np.ndarray:
+        seen = edited_embeddings(model, images, [None])[0]
+        said = [zero_shot_logits(model, seen, text).argmax(-1) for text in texts]
+        return torch.stack(said).cpu().numpy()
+
+    name = f"answers-{images.name.replace('/', '-')}"
+    return run.keep(name, np.ndarray, ask, [images], [model], texts=[text_digest(text) for text in texts])
 
 
-def hits(model: Backbone, images: ImageSet, *texts: Tensor) -> np.ndarray:
+def hits(run: Run, model: Backbone, images: ImageSet, *texts: Tensor) -> np.ndarray:
     """Tell which images a model gets right with each of some text vectors: 0 or 1 [texts, N]."""
-    return (answers(model, images, *texts) == images.labels).astype(float)
+    return (answers(run, model, images, *texts) == images.labels).astype(float)
 
 
 def pooled(parts: Sequence[np.ndarray]) -> np.ndarray:
