@@ -149,7 +149,7 @@ def on_objects(run: Run, images: int) -> OnObjects | None:
     if not run.has_masks:
         return None
     where = np.random.default_rng(run.seed).permutation(len(test))[:images]
-    return run.keep("mass-inside", OnObjects, lambda: _on_objects(run, where), [test], images=images)
+    return run.keep("mass-inside", OnObjects, lambda: _on_objects(run, where), [test], few=images)
 
 
 @torch.no_grad()
