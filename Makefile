@@ -12,6 +12,8 @@ BENCH := .bench-venv
 # Big tensors otherwise go back to the system at every step, and page faults slow training 1.5-2x.
 export GLIBC_TUNABLES ?= glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296:glibc.malloc.hugetlb=1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Where Python may not keep what it compiled, every start of every process compiles 3,000 modules: 6 s.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help book test lab bench gpu soak clip prompts saes full lock clean

@@ -50,6 +50,8 @@ CARD = "book/data_card"  # a page whose pictures are drawn here
 MATHJAX = "tex-svg-full.js"
 DECIDING = {"images", "expansion", "l1", "ghost", "seed", "block", "model", "activation", "active"}
 """Parameters that decide which autoencoder a chapter reads."""
+ONLY_OUTPUTS = re.compile(r"book/|lib/patchbook/(chapters|figures)/(?!tuning|architecture)")
+"""Inputs of pages that no other page is read from: what they change is in `book/` too."""
 SMALL = "book/small.yml"  # parameters of each notebook for a build whose numbers mean nothing
 
 
@@ -190,11 +192,14 @@ def render(root: Path, build: Path) -> Path:
     if before == inputs and not missing(root, html) and index.is_file():
         print("pages: unchanged", flush=True)
         return index
+    changed = _changed(before, inputs) if before else []
     if before:
-        print(f"pages: rendered again, as {_changed(before, inputs)}", flush=True)
-    # Sphinx warns about a page only when it reads it: a second try after a warning would pass.
-    for stale in (html, build / ".doctrees"):
-        shutil.rmtree(stale, ignore_errors=True)
+        print(f"pages: rendered again, as {_told(changed)}", flush=True)
+    # Sphinx warns of what it reads when it reads it, and of links when it writes a page. Without pages all
+    # are written; what it read for pages that were made whole was without a warning.
+    shutil.rmtree(html, ignore_errors=True)
+    if not before or not all(map(ONLY_OUTPUTS.match, changed)):
+        shutil.rmtree(build / ".doctrees", ignore_errors=True)
     started = time.perf_counter()
     command = [Path(sys.executable).with_name("jupyter-book"), "build", root]
     command += ["--toc", root / "_toc.yml", "--config", root / "_config.yml"]
@@ -227,12 +232,16 @@ def _recorded(record: Path) -> dict[str, dict]:
         return {}
 
 
-def _changed(before: dict[str, dict], now: dict[str, dict]) -> str:
-    """Say what made the pages again: the first three inputs that are not as they were."""
+def _changed(before: dict[str, dict], now: dict[str, dict]) -> list[str]:
+    """Name the inputs that are not as they were."""
     old, new = (
         {name: value for part in one.values() for name, value in part.items()} for one in (before, now)
     )
-    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+
+
+def _told(names: list[str]) -> str:
+    """Say what made the pages again: the first three of it."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{', '.join(names[:3])}{more} changed" if names else "a page is missing"
 

@@ -287,6 +287,20 @@ def test_compat_declares_only_what_cannot_load():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT / "lib")
 
 
+def test_torchs_compiler_is_loaded_when_it_is_asked_for():
+    code = (
+        "import sys, torch; real = torch.compiler.disable;"
+        "import patchsae.clip.backbone, patchsae.clip.timm_models, torchvision;"
+        "assert 'torch._dynamo' not in sys.modules;"
+        "assert torch.compiler.disable is real;"
+        "assert torchvision.ops.roi_align.__globals__['is_compile_supported']('cpu') in (True, False);"
+        "assert sys.modules['torch._dynamo.utils'].__file__;"
+        "double = torch.compile(lambda x: 2 * x, backend='eager');"
+        "assert double(torch.ones(1)) == 2"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT / "lib")
+
+
 # -- zero-shot classification ---------------------------------------------------------------------
 
 

@@ -141,13 +141,21 @@ def test_a_change_of_text_is_on_the_page_and_executes_nothing(book):
     path = book / "notebooks" / "01_first.ipynb"
     notebook = nbformat.read(path, as_version=4)
     notebook.cells[0].source = "# Another title"
-    notebook.cells.append(new_markdown_cell("The end."))
+    notebook.cells.append(new_markdown_cell("(end)=\n## The end"))
     nbformat.write(notebook, path)
+    intro = book / "book" / "intro.md"
+    intro.write_text(f"{intro.read_text()}\n\nSee {{ref}}`end`.\n")
     again = build(book)
     assert again.returncode == 0 and executed(again) == []
     assert "rendered again, as book/_static/notebooks/01_first.ipynb" in again.stdout
-    page = (book / "_build" / "html" / "book" / "notebooks" / "01_first.html").read_text()
-    assert "Another title" in page and "The end." in page
+    html = book / "_build" / "html" / "book"
+    page = (html / "notebooks" / "01_first.html").read_text()
+    assert "Another title" in page and "The end" in page and "The end" in (html / "intro.html").read_text()
+    # the page with the link is the same, and still does not stay as it was
+    notebook.cells.pop()
+    nbformat.write(notebook, path)
+    broken = build(book)
+    assert broken.returncode == 1 and "intro.md" in broken.stderr and "end" in broken.stderr
 
 
 def test_a_failing_notebook_stops_the_build_and_loses_nothing(book, capsys):

@@ -11,7 +11,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from patchbook import executing
 from patchbook.executing import share, with_text_of
-from patchbook.order import READS, readings
+from patchbook.order import READS, TRAINS, readings
 from patchbook.run import USED, run_notebook
 from patchbook.used import code_digest, read_used, used_digest
 from patchsae.runs.errors import PatchSAEError
@@ -57,6 +57,11 @@ def test_who_waits_for_whom():
     shipped, trained = readings(list(READS), shipped=True), readings(list(READS), shipped=False)
     assert shipped["02_statistics"] == set() and trained["02_statistics"] == {"01_training"}
     assert shipped["05_adaptation"] == {"02_statistics", "04_masking"}
+    # nobody waits for results that lie there from before, whatever will be made of them
+    again = readings([*READS, "own"], True, executed=["02_statistics", "04_masking"])
+    assert again["05_adaptation"] == again["03_localization"] == set()
+    assert again["own"] == {*READS} - {TRAINS}
+    assert readings(list(READS), True, ["04_masking"])["05_adaptation"] == {"02_statistics"}
     # a part of the book waits for what is there; unknown notebooks for all before them
     assert readings(["04_masking", "05_adaptation"], True)["05_adaptation"] == {"04_masking"}
     assert readings(["a", "b", "c"], True) == {"a": set(), "b": {"a"}, "c": {"a", "b"}}

@@ -273,7 +273,8 @@ PAPER = {
         "random": 1, "references": 2,
     },
     "05_adaptation": {
-        "rank_images": 0, "sizes": [1, 5, 128], "half_images": 0, "table_images": 0, "k": 2,
+        "rank_images": 0, "sizes": [1, 5, 128], "half_images": 0, "table_images": 0,
+        "novel_images": 0, "k": 2,
         "own_sae_images": 6, "own_rank_images": 2, "own_atlas_images": 12,
     },
 }  # fmt: skip

@@ -6,13 +6,14 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import nbformat
+from typing import TYPE_CHECKING, Any
 
 from patchbook.lessons import lessons_of
 from patchbook.report import BEYOND, ITEMS, KEY, Verdict
 from patchsae.runs.errors import PatchSAEError
+
+if TYPE_CHECKING:
+    import nbformat  # it takes two seconds, and figures need this module too
 
 FIGURE = "patchsae-figure"
 """Where an output's metadata say what a figure is."""
@@ -66,6 +67,8 @@ def collect_beyond(notebooks: Sequence[Path]) -> list[dict[str, Any]]:
 
 def _collected(notebooks: Sequence[Path], key: str) -> dict[str, dict[str, Any]]:
     """Read rows by their id from outputs' metadata."""
+    import nbformat
+
     rows: dict[str, dict[str, Any]] = {}
     for path in notebooks:
         notebook = nbformat.read(path, as_version=4)

@@ -57,16 +57,18 @@ def execute(
 
     An execution depends on the notebook's code cells (not on its text), its parameters, the package
     versions, and what it used the last time (`patchbook.used`). What chapters leave in `results` lies there
-    under the hash of what it was made from, so that they wait for each other only to spare work; a notebook
-    that `patchbook.order` does not know depends on all before it.
+    under the hash of what it was made from, so that they wait for each other only to spare work, and not
+    for one that was executed here before; a notebook that `patchbook.order` does not know depends on all
+    before it.
 
     parameters: of a notebook by its name; those not there keep the notebook's own.
     shipped: the autoencoder is not trained by the first of them.
     Raises PatchSAEError and NotebookFailed; what has been executed meanwhile is kept.
     """
-    waits, made = readings(names, shipped), {}
-    readers = Counter(read for before in waits.values() for read in before)
-    todo = TopologicalSorter(waits)
+    reads, made = readings(names, shipped), {}
+    readers = Counter(read for before in reads.values() for read in before)
+    ran = [name for name in names if read_used(_used_file(build, name)) is not None]
+    todo = TopologicalSorter(readings(names, shipped, ran))
     todo.prepare()
     waiting: list[_Chapter] = []
     running: dict[Future, _Chapter] = {}
@@ -80,7 +82,7 @@ def execute(
         try:
             while todo.is_active():
                 for name in todo.get_ready():
-                    read = () if name in READS else sorted(waits[name])
+                    read = () if name in READS else sorted(reads[name])
                     before = [made[other].manifest["inputs"] for other in read]
                     chapter = _Chapter(root, build, name, parameters.get(name, {}), before)
                     if chapter.done:
@@ -89,7 +91,7 @@ def execute(
                     else:
                         waiting.append(chapter)
                 # the longest chain first: who is waited for most, then who has waited for most
-                waiting.sort(key=lambda one: (-readers[one.name], -len(waits[one.name]), one.name))
+                waiting.sort(key=lambda one: (-readers[one.name], -len(reads[one.name]), one.name))
                 while waiting and len(running) < own.chapters:
                     chapter = waiting.pop(0)
                     print(f"{chapter.name}: running …", flush=True)
@@ -109,6 +111,11 @@ def execute(
     return {name: made[name] for name in names}
 
 
+def _used_file(build: Path, name: str) -> Path:
+    """Name the file that says what the last execution of a notebook used."""
+    return build / "notebooks" / f"{name}.used.json"
+
+
 class _Chapter:
     """One notebook, and the stage folder of its last execution with these inputs."""
 
@@ -119,7 +126,7 @@ class _Chapter:
             raise PatchSAEError(f"_toc.yml names {name}, but there is no notebooks/{name}.ipynb: add it.")
         self.process: subprocess.Popen | None = None
         self.given = check_parameters(self.source, given)
-        self.used_file = self.folder / f"{name}.used.json"
+        self.used_file = _used_file(build, name)
         self.stage = self._open(read_used(self.used_file) or [])
 
     def _open(self, used: list[str]) -> Stage:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 READS: dict[str, tuple[str, ...]] = {
     "01_training": (),
     "02_statistics": ("01_training",),
@@ -16,11 +18,16 @@ READS: dict[str, tuple[str, ...]] = {
 TRAINS = "01_training"  # trains the autoencoder that the others read, where none is shipped
 
 
-def readings(chapters: list[str], shipped: bool) -> dict[str, set[str]]:
+def readings(chapters: list[str], shipped: bool, executed: Collection[str] = ()) -> dict[str, set[str]]:
     """Return for each chapter those of `chapters` that it has to wait for.
 
     shipped: the autoencoder comes with the repository, so that nobody waits for its training.
+    executed: chapters whose results lie there from before; only a chapter that is not in READS waits for
+    them too.
     """
     before = {name: READS.get(name, tuple(chapters[:at])) for at, name in enumerate(chapters)}
-    left_out = {TRAINS} if shipped else set()
-    return {name: (set(read) & set(chapters)) - left_out for name, read in before.items()}
+    shipped_with = {TRAINS} if shipped else set()
+    return {
+        name: (set(read) & set(chapters)) - shipped_with - (set(executed) if name in READS else set())
+        for name, read in before.items()
+    }

@@ -115,7 +115,7 @@ def rank_and_classify(
         models = {"CLIP": run.backbone, "MaPLe": t.model}
         atlases = dict(zip(models, t.atlases, strict=True))
         for half, about in t.halves.items():
-            test = run.few(t.fresh if half == "base" else about.part.test, half_images)
+            test = run.few(t.fresh, half_images) if half == "base" else about.test
             for ranked, classified in SETTINGS:
                 swept[half].setdefault(name, {})[ranked, classified] = sweep(
                     run.sae, models[classified], test, t.texts[classified == "MaPLe"][about.keep],

@@ -50,13 +50,19 @@ class Settings:
     rank_images: int = 8
     """Training images per class that latents are counted on."""
     table_images: int = 240
-    """Test images of each half."""
+    """Test images of base classes."""
+    novel_images: int = 96
+    """Test images of novel classes, in the table and under masks."""
     include_prompt_tokens: bool = False
     """Whether MaPLe's own tokens are counted too, as in the released code."""
 
     def __post_init__(self):
         if self.table_images == 1:
             raise PatchSAEError("table_images=1 leaves no image to test on: give at least 2, or 0 for all.")
+
+    def test_images(self, half: str) -> int:
+        """Return how many test images of a half are asked."""
+        return self.table_images if half == "base" else self.novel_images
 
 
 class Half(NamedTuple):
@@ -250,7 +256,8 @@ def _open_task(run: Run, settings: Settings, data_set: Dataset, model: Backbone)
     prompted = AtlasConfig(
         tau=settings.tau, k=settings.k, include_prompt_tokens=settings.include_prompt_tokens
     )
-    atlases = run.atlas(train, plain), run.atlas(train, prompted, model)
+    with model.remembering(None):  # the memory is for test images: these are not asked again
+        atlases = run.atlas(train, plain), run.atlas(train, prompted, model)
     texts = run.text(data_set), model.class_weights(data_set.classnames)
     base, first = data_set.base(), len(data_set.base().classnames)
     halves = {}
@@ -258,7 +265,7 @@ def _open_task(run: Run, settings: Settings, data_set: Dataset, model: Backbone)
         ("base", base, slice(0, first)),
         ("novel", data_set.novel(), slice(first, None)),
     ):
-        test = run.few(part.test, settings.table_images)
+        test = run.few(part.test, settings.test_images(name))
         words = tuple(text[keep] for text in texts)
         mixed = mix_models(run.sae, run.sae_hash, run.backbone, model, test, words, run.root)
         halves[name] = Half(part, keep, test, mixed)
