@@ -15,7 +15,7 @@ import io
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from docutils import nodes
 from docutils.statemachine import StringList
@@ -24,9 +24,9 @@ from sphinx.util.docutils import SphinxDirective
 from sphinx.util.nodes import nested_parse_with_titles
 
 import patchsae
-from patchbook.chapters.tuning import Search, read_search
-from patchbook.figures import architecture
-from patchbook.shipped import shelf
+
+if TYPE_CHECKING:
+    from patchbook.chapters.tuning import Search
 
 CHAPTERS = "book/notebooks/"
 KERNELS = "_kernels"  # compiled functions, called by the module beside them alone
@@ -88,6 +88,8 @@ class RoomsPicture(SphinxDirective):
         """Return the picture."""
         import matplotlib
 
+        from patchbook.figures import architecture
+
         held = io.StringIO()
         # letters as letters: they can be searched, and the page is small
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "rooms"}):
@@ -123,6 +125,9 @@ class Tuning(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Return a table and a sentence."""
+        from patchbook.chapters.tuning import read_search  # it waits for torch, and most pages need not
+        from patchbook.shipped import shelf
+
         self.env.note_dependency(str(shelf() / "search.csv"))
         holder = nodes.container(classes=["wide-table"])
         table, told = tuning(read_search())

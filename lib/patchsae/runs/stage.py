@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -112,6 +113,11 @@ def tree_digests(root: Path, *patterns: str) -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """Return the installed versions of Python and of the packages that shape results."""
+    return dict(_versions())
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     try:
         requirements = metadata.requires("patchsae") or []
