@@ -112,7 +112,7 @@ def smallest_text(figure: Figure) -> float:
 
 def texts(figure: Figure) -> list[Text]:
     """List the texts that are drawn, ticks among them."""
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     hidden = {
         id(text)
         for axis in figure.findobj(Axes)
