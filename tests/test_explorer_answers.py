@@ -6,7 +6,7 @@ import torch
 from tiny_explorer import make_parts
 
 from patchsae.clip.backbone import zero_shot_logits
-from patchsae.explorer import Change, Pictures, Vocabulary
+from patchsae.explorer import Change, Pictures, Vocabulary, answers
 from patchsae.explorer.answers import Answerer, class_vectors, predictions, telling
 from patchsae.explorer.blocks import read_block
 from patchsae.explorer.data import References, references
@@ -128,6 +128,19 @@ def test_pictures_are_drawn_by_the_stated_rule(parts):
     says = [predictions(m, pool.images, class_vectors(m, pool.names, TEMPLATES)) for m in (clip, adapted)]
     only = np.flatnonzero((says[1] == pool.images.labels) & (says[0] != pool.images.labels))[:2]
     assert len(chosen) == 6 == len(set(chosen.indices)) and list(chosen.indices[: len(only)]) == list(only)
+
+
+def test_models_are_not_asked_beyond_the_pictures_that_are_wanted(parts, monkeypatch):
+    clip, adapted = parts.models[0].backbone, parts.models[2].backbone
+    pool, asked = Pictures("General", parts.sets[0].images), []
+
+    def says(model, images, _):
+        asked.append(len(images))
+        return images.labels + (model is clip)  # one is always wrong, the other always right
+
+    monkeypatch.setattr(answers, "predictions", says)
+    assert list(telling(pool, clip, adapted, 6, 2).images.indices[:2]) == [0, 1]
+    assert asked == [answers.BATCH, answers.BATCH] and len(pool.images) > answers.BATCH
 
 
 def test_a_name_is_proven_by_what_is_known_and_by_that_alone(parts):

@@ -65,6 +65,20 @@ def test_another_block_and_another_model_share_nothing_but_the_room(counted):
     )
 
 
+@torch.no_grad()
+def test_a_model_with_other_words_alone_has_the_tokens_of_plain_clip(counted):
+    backbone, asked = counted
+    x = images(backbone)
+    coop = adapt(backbone, PromptConfig(method="coop", depth=1), seed=0)
+    coop.remember(backbone._shared["memory"])
+    seen = backbone.residual(x)
+    asked.clear()
+    assert torch.equal(coop.residual(x), seen) and not asked
+    assert coop.fingerprint() != backbone.fingerprint()
+    earlier = coop.at_block(backbone.block - 1)
+    assert not torch.equal(earlier.residual(x), seen) and asked
+
+
 def test_where_gradients_are_taken_nothing_is_remembered(counted):
     backbone, asked = counted
     x = images(backbone, 1)

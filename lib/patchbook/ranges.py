@@ -64,7 +64,7 @@ RANGES: Mapping[str, Range] = {
     # counts of which 0 stands for all, or for none
     **_each(
         "rank_images half_images class_images table_images confusion_images test_images cls_images "
-        "cls_different_images variant_images",
+        "cls_different_images variant_images split_images novel_images",
         Range(0),
     ),
     **_each(
