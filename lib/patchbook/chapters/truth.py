@@ -190,15 +190,21 @@ def strongest(
 
     Float32 [N, U] by dictionary, and [N, d]; the tower sees a scene once.
     """
-    highest, means = {name: [] for name in units}, []
+    scenes, done, highest = len(plan.concepts), 0, {}
+    means = np.empty((scenes, backbone.d_model), np.float32)
     for x in progress_bar(
         _tokens(backbone, plan, split, batch_size), desc="scenes of known truth", leave=False,
-        total=-(-len(plan.concepts) // batch_size),
+        total=-(-scenes // batch_size),
     ):  # fmt: skip
-        means.append(x.mean(1).cpu().numpy())
+        rows, done = slice(done, done + len(x)), done + len(x)
+        means[rows] = x.mean(1).cpu().numpy()
         for name, unit in units.items():
-            highest[name].append(unit(x.flatten(0, 1)).unflatten(0, x.shape[:2]).amax(1).cpu().numpy())
-    return {name: np.concatenate(rows) for name, rows in highest.items()}, np.concatenate(means)
+            found = unit(x.flatten(0, 1)).unflatten(0, x.shape[:2]).amax(1).cpu().numpy()
+            # a small array of each batch would part what the large ones leave, and keep it from being used
+            if name not in highest:
+                highest[name] = np.empty((scenes, found.shape[1]), np.float32)
+            highest[name][rows] = found
+    return highest, means
 
 
 def _tokens(backbone: Backbone, plan: Layout, split: str, batch_size: int = 16) -> Iterator[Tensor]:
