@@ -184,3 +184,11 @@ def test_the_introduction_says_what_this_run_found(visit, html):
     shown = page.locator("main").inner_text()
     assert "figures and tables of the paper that a run can refute" in shown
     assert "Adaptation gains more on pairs" in shown
+
+
+def test_what_a_page_lacks_is_seen(visit, tmp_path):
+    path = tmp_path / "page.html"
+    path.write_text("<title>a</title><img src='gone.png'><script src='gone.js'></script>")
+    _, wrong = visit(path)
+    assert sum("gone.png net::ERR_FILE_NOT_FOUND" in line for line in wrong) == 1
+    assert any("gone.js net::ERR_FILE_NOT_FOUND" in line for line in wrong)
