@@ -60,10 +60,10 @@ def test_another_code_makes_it_anew_and_figures_do_not(tmp_path, monkeypatch):
         calls.append(1)
         return 1
 
-    def keep_with(changed: str) -> None:
+    def keep_with(changed: str, version: int | None = None) -> None:
         kept._code.cache_clear()
         monkeypatch.setattr(kept, "tree_digests", lambda *of: digests(*of) | {changed: "other"})
-        kept.keep(tmp_path, "n", int, value, {})
+        kept.keep(tmp_path, "n", int, value, {}, version)
 
     try:
         keep_with("patchbook/figures/masking.py")
@@ -73,6 +73,10 @@ def test_another_code_makes_it_anew_and_figures_do_not(tmp_path, monkeypatch):
         assert len(calls) == 1
         keep_with("patchsae/lens.py")
         assert len(calls) == 2
+        # what has a version is made anew with the next one alone
+        for version in (1, 1, 2):
+            keep_with(f"patchsae/{version}.py", version)
+        assert len(calls) == 4
     finally:
         kept._code.cache_clear()
 
@@ -87,5 +91,7 @@ def test_damage_and_other_types_are_refused_by_name(tmp_path):
     path.write_bytes(whole)
     with pytest.raises(PatchSAEError, match=r"kept\.msgpack' is damaged .*delete .*found-"):
         kept.keep(tmp_path, "found", int, make, {})
-    with pytest.raises(NotImplementedError, match="Path"):
+    with pytest.raises(PatchSAEError, match=r"kept\.msgpack' is damaged .*ndarray.*delete .*found-"):
+        kept.keep(tmp_path, "found", tuple[dict, dict, Path, np.ndarray], make, {})
+    with pytest.raises(TypeError, match="Path cannot be kept"):
         kept.keep(tmp_path, "path", dict, lambda: {"a": Path()}, {})

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from patchbook import figures
+from patchbook import figures, kept
 from patchbook.chapters import kept_truth
 from patchbook.chapters.factors import Factor, levels, plan_scenes, shown
 from patchbook.chapters.kept_truth import keep_truth
@@ -137,14 +137,14 @@ def test_what_is_kept_is_what_was_found(backbone, tmp_path, monkeypatch):
     found = known_truth(sae, backbone, config)
     keep_truth(sae, backbone, config, tmp_path)
     monkeypatch.setattr(kept_truth, "known_truth", None)  # it is not asked again
-    kept = keep_truth(sae, backbone, config, tmp_path)
+    again = keep_truth(sae, backbone, config, tmp_path)
     for name in Dictionary:
-        for one, two in zip(found.explained[name], kept.explained[name], strict=True):
+        for one, two in zip(found.explained[name], again.explained[name], strict=True):
             np.testing.assert_array_equal(np.array(one), np.array(two))
-        np.testing.assert_array_equal(found.effects[name], kept.effects[name])
-    assert kept.ahead == found.ahead and kept.levels.names == found.levels.names
-    np.testing.assert_array_equal(kept.ceiling, found.ceiling)
-    (file,) = tmp_path.rglob(kept_truth.RESULT)
+        np.testing.assert_array_equal(found.effects[name], again.effects[name])
+    assert again.ahead == found.ahead and again.levels.names == found.levels.names
+    np.testing.assert_array_equal(again.ceiling, found.ceiling)
+    (file,) = tmp_path.rglob(kept.RESULT)
     file.write_bytes(b"\0" * file.stat().st_size)
     with pytest.raises(PatchSAEError, match="is not the file that was made.*delete"):
         keep_truth(sae, backbone, config, tmp_path)

@@ -1,7 +1,8 @@
 """What a chapter computed, kept in `results`: a figure is drawn again without computing it anew.
 
 What takes long in the engine is kept by the engine, under a version of its own. This is for what a chapter
-makes of it in some seconds: kept until any code changes but that of figures.
+makes of it in some seconds: kept until any code changes but that of figures. What takes a chapter minutes
+has a version, too.
 """
 
 from __future__ import annotations
@@ -19,18 +20,30 @@ from patchsae.runs.errors import PatchSAEError
 from patchsae.runs.stage import Stage, digest, tree_digests, write_atomic
 
 T = TypeVar("T")
-VERSION = 1  # of the file itself
+FORMAT = 1  # of the file itself
 RESULT = "kept.msgpack"
 DRAWN = "patchbook/figures/"
 
 
-def keep(root: str | Path, name: str, kind: type[T], make: Callable[[], T], inputs: Mapping[str, Any]) -> T:
+def keep(
+    root: str | Path, name: str, kind: type[T], make: Callable[[], T], inputs: Mapping[str, Any],
+    version: int | None = None,
+) -> T:  # fmt: skip
     """Return what `make` returns, from `root` where it was made before from the same inputs and code.
 
-    kind: its type, of named tuples, mappings, sequences, numbers and arrays; what is read is held to it.
-    Raises PatchSAEError where what was kept is damaged; as `make`.
+    Parameters
+    ----------
+    kind : its type, of named tuples, mappings, sequences, numbers and arrays; what is read is held to it
+    version : of the code, raised when the same inputs would give other numbers; None: a hash of all code
+        but that of figures
+
+    Raises
+    ------
+    PatchSAEError : what was kept is damaged; as `make`.
+    TypeError : it returns something of another kind.
     """
-    stage = Stage.open(root, name, {"inputs": dict(inputs), "code": _code()}, version=VERSION)
+    made_by = {"inputs": dict(inputs), "code": _code() if version is None else version}
+    stage = Stage.open(root, name, made_by, version=FORMAT)
     path = stage.path / RESULT
 
     def write() -> None:
@@ -61,11 +74,10 @@ def _pack(value: object) -> object:
         return [value.dtype.str, value.shape, np.ascontiguousarray(value).tobytes()]
     if isinstance(value, np.generic):
         return value.item()
-    raise NotImplementedError(f"{type(value).__name__} cannot be kept: give arrays, numbers or names.")
+    raise TypeError(f"{type(value).__name__} cannot be kept: give arrays, numbers or names.")
 
 
-def _unpack(kind: type, value: object) -> np.ndarray:
-    if kind is not np.ndarray:
-        raise NotImplementedError(f"{kind} cannot be kept: name arrays, numbers or named tuples of them.")
+def _unpack(_: type, value: tuple[str, list[int], bytes]) -> np.ndarray:
+    """Return an array; msgspec refuses it where another kind was to be read."""
     dtype, shape, raw = value
     return np.frombuffer(raw, np.dtype(dtype)).reshape(shape).copy()
