@@ -14,6 +14,7 @@ from patchsae.clip import backbone as library
 from patchsae.clip.backbone import Backbone, load_backbone, zero_shot_logits, zero_shot_weights
 from patchsae.clip.files import find_clip
 from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.products import fast_float32
 
 # isort: split
 import open_clip
@@ -70,6 +71,7 @@ def pictures(backbone: Backbone, n=2) -> torch.Tensor:
     return backbone.normalize(images.to(torch.uint8))
 
 
+@fast_float32()
 def assert_exact(backbone: Backbone, blocks, n=2) -> None:
     images = pictures(backbone, n)
     with torch.no_grad():
@@ -125,7 +127,8 @@ def test_every_kind_of_open_clip_tower_is_exact(vision):
     if not vision.get("output_tokens"):
         return assert_exact(backbone, (0, 1, 6, 11, 12))
     images = pictures(backbone)
-    assert torch.equal(backbone(images), backbone.model.visual(images)[0])
+    with fast_float32():
+        assert torch.equal(backbone(images), backbone.model.visual(images)[0])
 
 
 def test_sequence_first_transformer_is_exact():
@@ -206,6 +209,7 @@ def test_fingerprint_follows_weights_block_name_and_activation(folder, tmp_path)
 # -- files ----------------------------------------------------------------------------------------
 
 
+@fast_float32()
 def test_folder_gives_the_model_that_was_saved(folder):
     backbone = load_backbone(folder, block=11)
     reference = small_model().half().float().eval().requires_grad_(False)

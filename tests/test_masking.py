@@ -19,6 +19,7 @@ from patchsae.masking.masked_tokens import RELEASED_BIAS, Mode, bucket_tables, m
 from patchsae.masking.rankings import CLASS, PREDICTED, rankings
 from patchsae.masking.sweep import Masker, MaskingConfig, all_sizes, curves, sweep
 from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.products import fast_float32
 from patchsae.sae.cpu import by_token
 from patchsae.sae.model import SAE, SAEConfig
 from patchsae.sae.step import latent_lists
@@ -99,7 +100,7 @@ def test_every_mask_equals_rerunning_the_whole_model(backbone, atlas, text, mode
     for batch in images.batches(50):
         plain, masked = masker.logits(batch.images, batch.labels)
         pixels = backbone.normalize(batch.images)
-        with torch.no_grad():
+        with torch.no_grad(), fast_float32():
             unmasked = zero_shot_logits(backbone, backbone.model.encode_image(pixels), text)
         assert plain.equal(unmasked)
         for g, ranking in enumerate(ranked):

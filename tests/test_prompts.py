@@ -10,6 +10,7 @@ from patchsae.adaptation.prompt_text import TextTower, pack
 from patchsae.adaptation.prompts import AdaptedBackbone, Method, PromptConfig, Prompts, adapt
 from patchsae.clip.backbone import Backbone, load_backbone, zero_shot_logits, zero_shot_weights
 from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.products import fast_float32
 
 NAMES = ["cat", "hot_air balloon", "jack-o-lantern", "dog", "dog"]
 VISION = {"image_size": 32, "patch_size": 8, "layers": 4, "width": 48, "head_width": 16}
@@ -55,6 +56,7 @@ def large():
     return load_backbone("ViT-B-16-quickgelu", block=11)
 
 
+@fast_float32()
 def image_stream(adapted, images):
     """Run MaPLe's image encoder as facts.md §1.1 writes it down: the stream before and after each block."""
     visual, p = adapted.model.visual, adapted.prompts
@@ -72,6 +74,7 @@ def image_stream(adapted, images):
     return found
 
 
+@fast_float32()
 def encode_image(adapted, images):
     visual = adapted.model.visual
     return visual.ln_post(image_stream(adapted, images)[-1])[:, 0] @ visual.proj
@@ -165,6 +168,7 @@ def test_other_layouts_of_the_same_model_agree(pictures):
 
 
 @torch.no_grad()
+@fast_float32()
 def test_without_prompts_it_is_plain_clip_bit_for_bit(plain, pictures):
     template = "a photo of a {}."
     weights = zero_shot_weights(plain, NAMES, template)
@@ -248,6 +252,7 @@ def test_every_prompt_carries_a_gradient(plain, pictures):
 
 
 @torch.no_grad()
+@fast_float32()
 def test_full_size_has_199_tokens_and_the_published_number_of_parameters(large):
     nine, three = (adapt(large, PromptConfig(depth=depth)) for depth in (9, 3))
     assert sum(p.numel() for p in nine.prompts.parameters()) == 3_555_072

@@ -30,6 +30,7 @@ from patchsae.images.sets import ImageSet
 from patchsae.runs.cadence import Cadence
 from patchsae.runs.disk import remove
 from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.products import fast_float32
 from patchsae.runs.progress import progress_bar
 from patchsae.runs.stage import Stage, digest
 from patchsae.runs.tensors import save_tensors
@@ -195,6 +196,7 @@ class _Run:
         keep = 0 if config.workers else config.cache_mb * 1_000_000
         return Crops(self.images, self.adapted.image_size, scale, config.seed, keep)
 
+    @fast_float32()
     def _take(self, batch: Tensor, labels: np.ndarray, texts: PackedTexts | Tensor) -> None:
         adapted, config = self.adapted, self.config
         for group in self.optimizer.param_groups:

@@ -3,9 +3,9 @@
     images ──residual──▶ tokens [B, T, d] ──finish──▶ embeddings [B, e]
 
 Both halves call the model's own modules in the model's own order, so `finish(residual(x))` equals
-`encode_image(x)` to the last bit, and an autoencoder placed between them is the only thing that can
-change an answer. Blocks count from 1 as in the paper ("block 11 of 12", App. A); block 0 is the
-input of the first block.
+`encode_image(x)` to the last bit where both make their products alike (`runs.products`), and an
+autoencoder placed between them is the only thing that can change an answer. Blocks count from 1 as in the
+paper ("block 11 of 12", App. A); block 0 is the input of the first block.
 
 What differs between image towers is in a tower class (`towers`). A prompt-adapted CLIP
 (facts.md §1.1) is another tower: it appends its prompts in `embed`, replaces them in `run`, and
@@ -37,6 +37,7 @@ from patchsae.clip.towers import tower_of
 from patchsae.images.files import Frame, as_frame
 from patchsae.runs.checks import check_counts, check_finite
 from patchsae.runs.errors import PatchSAEError, brief
+from patchsae.runs.products import fast_float32
 from patchsae.runs.progress import progress_bar
 
 CACHE = 800_000  # bytes of tokens per thread; a block's hidden layer is four times that
@@ -65,6 +66,7 @@ class Backbone(nn.Module):
         self._shared = {}  # computed once for all `at_block` copies: tokenizer, weights' digest
         self.eval()
 
+    @fast_float32()
     def residual(self, images: Tensor) -> Tensor:
         """Return the residual stream after `block`, tokens [B, T, d].
 
@@ -92,6 +94,7 @@ class Backbone(nn.Module):
         finally:
             self.remember(before)
 
+    @fast_float32()
     def finish(self, tokens: Tensor) -> Tensor:
         """Return the embeddings [B, e] that the rest of the tower makes of tokens [B, T, d].
 
@@ -103,14 +106,14 @@ class Backbone(nn.Module):
                 f"[B, {self.n_tokens}, {self.d_model}]: pass every token that `residual` returned."
             )
         tokens = tokens.to(self.device, self.dtype)
-        return self.tower.pool(
-            self.in_parts(lambda part: self.tower.run(part, self.block, self.n_blocks), tokens)
-        )
+        tokens = self.in_parts(lambda part: self.tower.run(part, self.block, self.n_blocks), tokens)
+        return self.tower.pool(tokens)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return embeddings [B, e] of normalised images [B, 3, H, W]: finish ∘ residual."""
         return self.finish(self.residual(images))
 
+    @fast_float32()
     def residuals(self, images: Tensor, blocks: Iterable[int]) -> dict[int, Tensor]:
         """Return {block: tokens [B, T, d]} for several blocks in one pass."""
         self._checked_images(images)
@@ -154,9 +157,7 @@ class Backbone(nn.Module):
     tokens_of = property(lambda self: self.fingerprint(), doc="Whose tokens `residual` returns.")
     n_blocks = property(lambda self: len(self.tower.blocks))
     d_model = property(lambda self: self.tower.d_model)
-    token_kind = property(
-        lambda self: self.tower.token_kind, doc="[T]: 'cls', 'register', 'patch', 'prompt'."
-    )
+    token_kind = property(lambda self: self.tower.token_kind, doc="[T]: cls, register, patch, prompt")
     n_tokens = property(lambda self: len(self.token_kind))
     grid = property(lambda self: self.tower.grid, doc="(rows, columns) of patches.")
     image_size = property(lambda self: self.tower.image_size[0], doc="Side in pixels.")
@@ -165,9 +166,7 @@ class Backbone(nn.Module):
     std = property(lambda self: self._pixels("image_std", open_clip.OPENAI_DATASET_STD))
     device = property(lambda self: next(self.model.visual.parameters()).device)
     dtype = property(lambda self: next(self.model.visual.parameters()).dtype)
-    has_text = property(
-        lambda self: self.model.logit_scale is not None, doc="Whether it can be asked about words."
-    )
+    has_text = property(lambda self: self.model.logit_scale is not None, doc="Can be asked about words.")
 
     @property
     def logit_scale(self) -> float:
@@ -213,6 +212,7 @@ class Backbone(nn.Module):
             self._shared["tokenizer"] = self._make_tokenizer()
         return self._shared["tokenizer"]([texts] if isinstance(texts, str) else list(texts))
 
+    @fast_float32()
     def encode_text(self, texts: str | Sequence[str] | Tensor, normalize: bool = True) -> Tensor:
         """Return embeddings [N, e] of texts, or of token ids [N, context]."""
         self._need_text()
@@ -351,9 +351,8 @@ def zero_shot_weights(
     starts = progress_bar(starts, desc=f"text vectors of {len(classnames)} classes", shown=progress)
     with torch.no_grad():
         for start in starts:
-            names = classnames[start : start + step]
             # replace, not format: names and templates may hold other braces; CoOp's names hold underscores
-            names = [name.replace("_", " ") for name in names]
+            names = [name.replace("_", " ") for name in classnames[start : start + step]]
             prompts = [template.replace("{}", name) for name in names for template in templates]
             unit = F.normalize(backbone.encode_text(prompts, normalize=False).float(), dim=-1)
             rows.append(unit.unflatten(0, (len(names), len(templates))).mean(1))

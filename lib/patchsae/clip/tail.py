@@ -18,6 +18,7 @@ from torch import Tensor
 
 from patchsae.clip.backbone import Backbone
 from patchsae.clip.towers import OpenClipTower
+from patchsae.runs.products import fast_float32
 
 # isort: split
 from open_clip.transformer import ResidualAttentionBlock
@@ -34,6 +35,7 @@ class Tail:
         self.short = backbone.block < backbone.n_blocks and reads_one_token(self.tower)
 
     @torch.no_grad()
+    @fast_float32()
     def __call__(self, tokens: Tensor) -> Tensor:
         if not self.short:
             return self.backbone.finish(tokens)

@@ -27,6 +27,7 @@ from patchsae.runs.disk import remove, storing
 from patchsae.runs.errors import PatchSAEError, choose
 from patchsae.runs.intervals import bootstrap
 from patchsae.runs.processes import Processes, join
+from patchsae.runs.products import fast_float32
 from patchsae.runs.progress import progress_bar
 from patchsae.runs.stage import Stage
 from patchsae.runs.tensors import load_tensors, save_tensors
@@ -95,6 +96,7 @@ class Masker:
         self.tail = Tail(backbone)
 
     @torch.no_grad()
+    @fast_float32()
     def logits(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits of images uint8 [B, 3, H, W]: unmasked [B, C], masked [B, G, 2, sizes, C]."""
         x = self.backbone.residual(self.backbone.normalize(images))  # [B, T, d]

@@ -9,6 +9,8 @@ from functools import cache
 
 import torch
 
+from patchsae.runs.products import fast_float32
+
 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
@@ -16,6 +18,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "sparse", initializer=torch.set_num_threads, initargs=(1,))
 
 
+@fast_float32()
 def spread(task: Callable, ranges: Iterable[tuple[int, int]]) -> list:
     """Run task(start, stop) for every range on as many threads as torch uses, results in order."""
     return list(_pool(torch.get_num_threads()).map(lambda r: task(*r), ranges))
