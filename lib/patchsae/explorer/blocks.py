@@ -42,7 +42,7 @@ from patchsae.runs.stage import Stage, write_atomic, write_json
 from patchsae.sae.model import SAE
 
 FORMAT = 4
-VERSION = 3  # raised when the same inputs give other blocks of the same format
+VERSION = 4  # raised when the same inputs give other blocks of the same format
 INDEX = "index.json"
 LIMIT = 2_000_000  # bytes of a block
 

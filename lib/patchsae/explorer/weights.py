@@ -86,8 +86,10 @@ def write_model(
         file.write(folder)
     _write(folder, "engine", json.dumps({"source": worker_source(), "facts": facts}), "utf-8")
     for group, row in enumerate(texts):
-        packed = [None if v is None else pack(v.float().cpu().numpy()) for v in row]
-        _write(folder, f"vectors-{group}", json.dumps({"models": packed}), "utf-8")
+        for m, vectors in enumerate(row):
+            if vectors is not None:
+                packed = pack(vectors.float().cpu().numpy())
+                _write(folder, f"vectors-{group}-{m}", json.dumps({"vectors": packed}), "utf-8")
     runs = [model is not None for model in facts["models"]]
     return {
         "models": runs,

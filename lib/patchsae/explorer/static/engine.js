@@ -65,8 +65,9 @@ export function startEngine(load, report = () => {}) {
 
   async function vectorsOf(m, { group, names, templates }) {
     if (names) return (await texts(m, names, templates)).vectors;
-    if (!groups.has(group)) groups.set(group, load(`vectors-${group}`, (b) => b.models.map((p) => p && unpack(p))));
-    return (await groups.get(group))[m];
+    const block = `vectors-${group}-${m}`;
+    if (!groups.has(block)) groups.set(block, load(block, (b) => unpack(b.vectors)));
+    return groups.get(block);
   }
 
   async function texts(m, names, templates) {
