@@ -2,6 +2,7 @@
 
     python book/build.py            # _build/html
     python book/build.py --small    # _build/small/_build/html: tiny sizes, to see that all of it works
+    python book/build.py --check    # builds nothing, and says what a build would make anew
 
 Each notebook is executed through `patchbook.run` into a stage folder named by the hash of its code and of
 what it used, so an interrupted build goes on where it stopped and a second build does nothing.
@@ -25,7 +26,7 @@ from pathlib import Path
 import yaml
 
 from patchbook import gpu_page
-from patchbook.executing import Executed, execute, with_text_of
+from patchbook.executing import Executed, execute, outdated, with_text_of
 from patchbook.parameters import read_notebook
 from patchbook.publishing import publish
 from patchbook.reliability import write_page
@@ -173,22 +174,8 @@ def bring_card(root: Path) -> None:
 def render(root: Path, build: Path) -> Path:
     """Render the pages with jupyter-book, where warnings are errors, unless they are up to date."""
     html = build / "html"
-    record = html / "inputs.json"
-    inputs = {
-        # the reference is made of docstrings, the guides of cards and tables
-        "pages": tree_digests(
-            root,
-            "book/**/*",
-            "_config.yml",
-            "_toc.yml",
-            "lib/patch*/**/*.py",
-            "artefacts/**/*.csv",
-            "artefacts/**/*.json",
-        ),
-        "versions": versions(),
-    }
-    index = html / "index.html"
-    before = _recorded(record)
+    record, index = html / "inputs.json", html / "index.html"
+    inputs, before = _inputs_of_pages(root), _recorded(record)
     if before == inputs and not missing(root, html) and index.is_file():
         print("pages: unchanged", flush=True)
         return index
@@ -221,6 +208,25 @@ def render(root: Path, build: Path) -> Path:
     write_json(record, inputs)
     print(f"pages: {time.perf_counter() - started:.1f} s", flush=True)
     return index
+
+
+def up_to_date(root: Path, build: Path, parameters: dict[str, dict]) -> bool:
+    """Say what a build would make anew, and tell whether that is nothing."""
+    names = [Path(page).name for page in pages(root) if page.startswith("book/notebooks/")]
+    stale = outdated(root, build, names, parameters)
+    html = build / "html"
+    absent = missing(root, html) or not (html / "index.html").is_file()
+    if not stale and (absent or _recorded(html / "inputs.json") != _inputs_of_pages(root)):
+        stale = ["pages"]
+    print(f"to be made anew: {', '.join(stale)}" if stale else "everything is up to date")
+    return not stale
+
+
+def _inputs_of_pages(root: Path) -> dict[str, dict]:
+    """Return what pages are made of: outputs, text, docstrings for the reference, cards, tables."""
+    parts = ("book/**/*", "_config.yml", "_toc.yml", "lib/patch*/**/*.py")
+    cards = ("artefacts/**/*.csv", "artefacts/**/*.json")
+    return {"pages": tree_digests(root, *parts, *cards), "versions": versions()}
 
 
 def _recorded(record: Path) -> dict[str, dict]:
@@ -268,11 +274,15 @@ def main() -> int:
     """Build the book and print the page to open."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help=f"take the notebooks' parameters from {SMALL}")
-    small, started = parser.parse_args().small, time.perf_counter()
+    parser.add_argument("--check", action="store_true", help="build nothing; fail if something has changed")
+    given, started = parser.parse_args(), time.perf_counter()
+    small = given.small
     try:
         root = project_root()
         build = root / "_build" / "small" / "_build" if small else root / "_build"
         parameters = yaml.safe_load((root / SMALL).read_text(encoding="utf-8")) if small else {}
+        if given.check:
+            return 0 if up_to_date(root, build, parameters) else 1
         with stoppable(), alone(root):
             executed, drawn = execute_notebooks(root, build, parameters)
             bring_mathjax(root)

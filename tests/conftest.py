@@ -3,7 +3,6 @@
 import atexit
 import fcntl
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from tiny import tiny_backbone, tiny_images  # noqa: E402
 
 from patchsae.runs.stage import project_root  # noqa: E402
 
+BUILD = (sys.executable, "book/build.py")
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = [
     "--no-sandbox",
@@ -72,7 +72,7 @@ def images():
 @pytest.fixture(scope="session")
 def small_book() -> Path:
     """Build the whole book at tiny sizes, unless it is up to date; return its folder of pages."""
-    command = [sys.executable, "book/build.py", "--small"]
+    command = [*BUILD, "--small"]
     folder = project_root() / "_build" / "small"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
@@ -87,11 +87,11 @@ def small_book() -> Path:
 
 @pytest.fixture(scope="session")
 def html(request) -> Path:
-    """Return the pages of the book that is built here, or of a small one where it is not (CI)."""
-    pages = re.findall(r"(?:root|file):\s*(\S+)", (project_root() / "_toc.yml").read_text())
+    """Return the pages of the book that is built here and up to date, or else of a small one (CI)."""
+    checked = subprocess.run([*BUILD, "--check"], cwd=project_root(), capture_output=True, text=True)
+    assert not checked.stderr, checked.stderr
     built = project_root() / "_build" / "html"
-    whole = all((built / f"{page}.html").is_file() for page in ["index", *pages])
-    return built if whole else request.getfixturevalue("small_book")
+    return request.getfixturevalue("small_book") if checked.returncode else built
 
 
 @pytest.fixture(scope="session")

@@ -77,9 +77,9 @@ def book(built, tmp_path) -> Path:
     return Path(shutil.copytree(built, tmp_path / "book"))
 
 
-def build(root: Path) -> subprocess.CompletedProcess:
+def build(root: Path, *options: str) -> subprocess.CompletedProcess:
     """Run the real build script in a folder."""
-    command = [sys.executable, str(ROOT / "book" / "build.py")]
+    command = [sys.executable, str(ROOT / "book" / "build.py"), *options]
     return subprocess.run(command, cwd=root, capture_output=True, text=True)
 
 
@@ -110,6 +110,18 @@ def test_a_second_build_does_nothing(book):
     again = build(book)
     assert again.returncode == 0, again.stderr
     assert executed(again) == [] and "pages: unchanged" in again.stdout
+
+
+def test_a_check_says_what_would_be_made_anew_and_makes_nothing(book):
+    fresh = build(book, "--check")
+    assert (fresh.returncode, fresh.stdout) == (0, "everything is up to date\n")
+    (book / "book" / "intro.md").write_text("# Intro\n\nOtherwise.\n")
+    assert build(book, "--check").stdout == "to be made anew: pages\n"
+    (book / "lib" / "part.py").write_text("A = 2\n")
+    stale = build(book, "--check")
+    assert (stale.returncode, stale.stdout) == (1, "to be made anew: 02_second\n")
+    write_notebook(book / "notebooks", "01_first", "print('changed')")
+    assert build(book, "--check").stdout == "to be made anew: 01_first, 02_second\n"
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,21 @@ def execute(
     return {name: made[name] for name in names}
 
 
+def outdated(
+    root: Path, build: Path, names: list[str], parameters: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """List those of the notebooks that `execute` would execute."""
+    reads, made = readings(names, True), {}
+    for name in TopologicalSorter(reads).static_order():
+        read = () if name in READS else sorted(reads[name])
+        if made.keys() >= set(read):
+            before = [made[other] for other in read]
+            chapter = _Chapter(root, build, name, parameters.get(name, {}), before)
+            if chapter.done:
+                made[name] = chapter.stage.manifest["inputs"]
+    return [name for name in names if name not in made]
+
+
 def _used_file(build: Path, name: str) -> Path:
     """Name the file that says what the last execution of a notebook used."""
     return build / "notebooks" / f"{name}.used.json"
