@@ -91,7 +91,8 @@ def test_steps_equal_dense_adam_idle_latents_included(execution, config, monkeyp
         for name, p in dense.named_parameters():
             assert relative(dict(sparse.named_parameters())[name], p) < 1e-5, name
         for name, value in a.state().items():
-            limit = 1e-3 if config["ghost"] else 1e-5
+            # 1e-4 to 1e-3 by the draw, whichever library makes the products
+            limit = 2e-3 if config["ghost"] else 1e-5
             assert relative(b.state()[name].float(), value.float()) < limit, name
         idle = idle | before & ~wanted.fired
         before = wanted.fired

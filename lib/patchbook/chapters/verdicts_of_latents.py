@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.signal import find_peaks
-from scipy.stats import gaussian_kde
 
 from patchbook.chapters.verdicts_of_models import Judged, cohens_d, is_above
 from patchbook.report import Reason, Verdict
@@ -66,6 +64,9 @@ def in_two_clusters(frequency: np.ndarray, activation: np.ndarray, seed: int = 0
     `frequency`, `activation`: of the latents that fire, [S]. Clusters are peaks of the density along the
     diagonal that stand out by a tenth of the highest.
     """
+    from scipy.signal import find_peaks
+    from scipy.stats import gaussian_kde
+
     logs = [np.log10(values) for values in (frequency, activation)]
     if min(values.std() for values in logs) == 0:
         return lacking("All latents are equally frequent or equally strong.")

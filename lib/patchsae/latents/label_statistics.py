@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import xarray as xr
-from scipy.stats import entropy
+from scipy.special import entr
 
 from patchsae.runs.errors import PatchSAEError
 
@@ -15,7 +15,7 @@ from patchsae.runs.errors import PatchSAEError
 def label_entropy(class_sum: np.ndarray) -> np.ndarray:
     """Compute Eq. 3 from summed activations [classes, latents]: nat, NaN for silent latents."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        return entropy(class_sum, axis=0)
+        return entr(class_sum / class_sum.sum(0)).sum(0)
 
 
 def label_std(class_sum: np.ndarray) -> np.ndarray:

@@ -1,11 +1,13 @@
-"""Estimates with their intervals: bootstraps over images, exact tests, and ranks."""
+"""Estimates with their intervals: bootstraps over images, exact tests, and ranks.
+
+scipy.stats takes half a second of a start, so it is imported by the functions that need it.
+"""
 
 from __future__ import annotations
 
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
-from scipy.stats import binomtest, rankdata
 
 from patchsae.runs.errors import PatchSAEError
 
@@ -53,6 +55,7 @@ def rank_correlation(a: np.ndarray, b: np.ndarray, seed: int = 0, draws: int = 1
 
     Ranks are taken anew in each resample. NaN where either is constant.
     """
+    from scipy.stats import rankdata
 
     def spearman(pairs: np.ndarray) -> float:
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -75,6 +78,8 @@ def group_auroc(score: np.ndarray, member: np.ndarray, chunk: int = 512) -> np.n
     ------
     PatchSAEError : a score is not finite.
     """
+    from scipy.stats import rankdata
+
     if not np.isfinite(score).all():
         raise PatchSAEError(
             "scores with NaN or infinity cannot be ranked; check the weights they came from."
@@ -114,6 +119,8 @@ class McNemar(NamedTuple):
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> McNemar:
     """Test whether two models, right or wrong on the same images (bool [N] each), differ in accuracy."""
+    from scipy.stats import binomtest
+
     first, second = np.asarray(first, bool), np.asarray(second, bool)
     a, b = int((first & ~second).sum()), int((~first & second).sum())
     return McNemar(a, b, float(binomtest(a, a + b).pvalue) if a + b else 1.0)

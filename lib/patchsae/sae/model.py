@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from patchsae.runs.checks import check_weights
 from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.products import fast_float32
 from patchsae.sae.config import Activation, InputNorm, Loss, SAEConfig
 from patchsae.sae.files import CONFIG, WEIGHTS, read_sae, write_sae
 
@@ -83,6 +84,7 @@ class SAE(nn.Module):
     def d_sae(self) -> int:
         return self.W_dec.shape[0]
 
+    @fast_float32()
     def pre_activations(self, x: Tensor) -> Tensor:
         """Compute z: [..., d_in] to [..., d_sae]."""
         if x.shape[-1] != self.d_in:
@@ -110,6 +112,7 @@ class SAE(nn.Module):
         """Compute the latents f: [..., d_in] to [..., d_sae], non-negative."""
         return self.activate(self.pre_activations(x))
 
+    @fast_float32()
     def decode(self, f: Tensor, x: Tensor | None = None) -> Tensor:
         """Compute the reconstruction x̂: [..., d_sae] to [..., d_in].
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, distributed
 
 from patchsae.runs.errors import PatchSAEError
+from patchsae.runs.products import fast_float32
 from patchsae.sae import cpu
 from patchsae.sae.cpu_kernels import BETA1, BETA2, EPS
 from patchsae.sae.ghost import GhostRows, Pass, ghost_gradients
@@ -89,6 +90,7 @@ class Stepper:
                 "exp_avg_sq": torch.zeros_like(p),
             }
 
+    @fast_float32()
     def step(self, x: Tensor, lr: float, dead: Tensor | None = None, is_cls: Tensor | None = None) -> Step:
         """Take one step on tokens x [N, d_in]; `dead` and `is_cls` as in `SAE.losses`."""
         for group in self.adam.param_groups:
@@ -106,6 +108,7 @@ class Stepper:
         self.density.fill_(step.l0 / self.sae.d_sae)
         return step
 
+    @fast_float32()
     def backward(self, x: Tensor, dead: Tensor | None = None, is_cls: Tensor | None = None) -> Step:
         """Set the parameters' gradients, as `SAE.losses(...).total.backward()` would, and take no step."""
         if not len(x):
