@@ -52,6 +52,13 @@ def test_the_last_block_that_ends_takes_the_setting_back(monkeypatch):
     torch.get_float32_matmul_precision()  # refuses where settings are mixed
 
 
+def test_an_older_torch_multiplies_as_it_did(monkeypatch):
+    onednn_is_exact.cache_clear()
+    monkeypatch.delattr(type(torch.backends.mkldnn), "matmul")
+    with fast_float32():
+        assert not onednn_is_exact()
+
+
 def test_where_products_are_rounded_it_is_not_asked(monkeypatch):
     """A matrix unit as oneDNN would use it: bfloat16 wherever that is allowed."""
     real = torch.Tensor.__matmul__

@@ -48,15 +48,18 @@ def fast_float32() -> Iterator[None]:
 @cache
 def onednn_is_exact() -> bool:
     """Multiply once both ways and tell whether oneDNN's error is that of float32."""
-    if not torch.backends.mkldnn.is_available():
+    # the setting came with torch 2.9
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.backends.mkldnn, "matmul"):
         return False
     draw = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, SIDE, SIDE, generator=draw)
     exact, setting, error = a.double() @ b.double(), torch.backends.mkldnn.matmul, {}
     with _lock:
         before = setting.fp32_precision
-        for precision in ("ieee", "bf16"):
-            setting.fp32_precision = precision
-            error[precision] = ((a @ b).double() - exact).norm().item()
-        setting.fp32_precision = before
+        try:
+            for precision in ("ieee", "bf16"):
+                setting.fp32_precision = precision
+                error[precision] = ((a @ b).double() - exact).norm().item()
+        finally:
+            setting.fp32_precision = before
     return error["bf16"] <= WORSE * error["ieee"]
