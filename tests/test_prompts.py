@@ -134,10 +134,10 @@ def test_packed_texts_are_padded_ones_whatever_the_group(plain):
         packed = pack(ids, tower.ends(ids), group)
         assert packed.ids.shape[0] == -(-len(ids) // group)
         found = tower.encode(packed, [])
-        torch.testing.assert_close(found, plain.encode_text(ids, normalize=False), rtol=0, atol=2e-6)
+        torch.testing.assert_close(found, plain.encode_text(ids, normalize=False), rtol=0, atol=4e-6)
     one = pack(ids[:1], tower.ends(ids[:1]))
     torch.testing.assert_close(
-        tower.encode(one, []), plain.encode_text(ids[:1], normalize=False), rtol=0, atol=2e-6
+        tower.encode(one, []), plain.encode_text(ids[:1], normalize=False), rtol=0, atol=4e-6
     )
 
 
